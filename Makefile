@@ -1,0 +1,60 @@
+# Every target makes the environment it needs. PYTHON=python3.12 make test uses another interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+# One thread a test process, nothing from the network.
+TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline PYTHONPATH=.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test check learn crash golden mutants compat bench gpu
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+
+$(BIN)/.run: pyproject.toml constraints.txt
+	@echo "installing rlkl into $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -e .
+	@touch $@
+
+$(BIN)/.dev: $(BIN)/.run
+	@echo "installing the test tools into $(VENV)"
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+setup: $(BIN)/.dev  ## the environment, test tools included
+
+train: $(BIN)/.run  ## train the tiny model by reinforcement learning: about 3 minutes on 2 cores, no download
+	@$(BIN)/python train.py configs/tiny-grpo.yaml
+
+test: $(BIN)/.dev  ## the tests
+	@$(TEST) $(BIN)/python -m pytest
+
+check: $(BIN)/.dev  ## formatting, lint and types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+learn: $(BIN)/.dev  ## PPO and GRPO from 3 seeds, and a control with shuffled advantages: about 20 minutes
+	@$(BIN)/python tests/learn.py
+
+crash: $(BIN)/.dev  ## kill -9 at 20 random moments, resumed each time, against an uninterrupted run
+	@$(TEST) $(BIN)/python tests/crash.py
+
+golden: $(BIN)/.dev  ## recompute tests/golden from the oracles: make golden ORACLES=folder
+	@$(TEST) $(BIN)/python tests/golden/freeze.py $(ORACLES)
+
+mutants: $(BIN)/.dev  ## one-line bugs, each of which a test must notice
+	@$(TEST) $(BIN)/python tests/mutants.py
+
+compat: $(BIN)/.dev  ## the tests on the oldest supported versions, in an environment of their own
+	@$(PYTHON) -m venv $(VENV)-compat
+	@$(VENV)-compat/bin/python -m pip install -q --disable-pip-version-check -c tests/compat.txt -e . pytest hypothesis
+	@$(TEST) $(VENV)-compat/bin/python -m pytest
+
+bench: $(BIN)/.run  ## seconds of each phase of a step
+	@$(BIN)/python -m benchmarks.step
+
+gpu:  ## the tests of kernels, log-probs, policy and rollouts with the python3 at hand; installs nothing
+	@$(TEST) python3 -m pytest tests/gpu tests/test_logprobs.py tests/test_rollout.py

@@ -1,0 +1,171 @@
+"""From a config to the things it names, each checked before the first rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlkl import tiny
+from rlkl.advantages import ADVANTAGES
+from rlkl.config import resolve
+from rlkl.errors import UserError
+from rlkl.kl import KL, KL_LOSSES, KL_OLD_LOSSES, REFUSED, TRAPS
+from rlkl.losses import LOSSES
+from rlkl.model import Policy, encode, load, reference_of, sampling_rule
+from rlkl.optim import Optimizer
+from rlkl.preflight import check_plugins
+from rlkl.rewards import REWARDS, Reward, from_task
+from rlkl.rollout import SAMPLERS
+from rlkl.schema import Config
+from rlkl.seeds import draw
+from rlkl.tasks import TASKS
+from rlkl.types import Batch, Example, Sampling
+
+
+@dataclass
+class Parts:
+    """What the config names."""
+
+    policy: Policy
+    reference: Policy | None
+    tokenizer: PreTrainedTokenizerBase
+    optimizer: Optimizer
+    rule: Sampling
+    sampler: Callable[..., Batch]
+    reward: Reward
+    advantage: Callable[..., tuple[Tensor, Tensor | None]]
+    loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
+    kl_ref: Callable[
+        ..., Tensor
+    ]  # place = reward: (logprobs, ref_logprobs) → (B, T); place = loss: (new, batch) → (B, T)
+    kl_old: Callable[..., Tensor]  # (new, batch) → (B, T)
+    train: list[Example]
+    heldout: list[Example]
+    solved: Callable[[Example, str], bool]  # is this reply right? what held-out accuracy counts
+
+
+def pick_device(name: str) -> torch.device:
+    """auto = cuda, else mps, else cpu. UserError if it is not there."""
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name == "auto":
+        return torch.device(here[0])
+    if name.split(":")[0] not in here:
+        raise UserError(f"device={name!r}: choose auto, {', '.join(here)}")
+    return torch.device(name)
+
+
+def build(cfg: Config, device: torch.device, console: Console, start: Path | None = None) -> Parts:
+    """Load and check everything. `start`: the checkpoint to continue from; the reference is always the first policy."""
+    sampler = resolve(cfg.sampling.backend, SAMPLERS, "sampling.backend")
+    advantage, loss = resolve(cfg.advantage, ADVANTAGES, "advantage"), resolve(cfg.loss, LOSSES, "loss")
+    check_plugins(
+        advantage,
+        loss,
+        names=(cfg.advantage["name"], cfg.loss["name"]),
+        group_size=cfg.sampling.group_size,
+        critic=cfg.model.critic != "none",
+    )
+    kl_ref, kl_old = kl_terms(cfg, console)
+    make_task = resolve(cfg.task, TASKS, "task")
+    task, heldout_task = make_task("train"), make_task("heldout")
+    reward = resolve(cfg.reward, REWARDS, "reward") if cfg.reward else from_task(task.score)
+
+    name = str(base_model(console)) if cfg.model.name == "tiny" else cfg.model.name
+    dtype = dtype_of(cfg, device)
+    policy, tokenizer = load(name, critic=cfg.model.critic, device=device, dtype=dtype)
+    reference = reference_of(policy) if cfg.model.reference else None
+    if start is not None:
+        policy, _ = load(str(start), critic=cfg.model.critic, device=device, dtype=dtype)
+    groups = policy.parameter_groups()
+    optimizer = Optimizer(
+        groups,
+        {"policy": cfg.optim.lr, "critic": cfg.optim.critic_lr},
+        betas=cfg.optim.betas,
+        weight_decay=cfg.optim.weight_decay,
+        max_grad_norm=cfg.optim.max_grad_norm,
+    )
+
+    heldout = draw(range(len(heldout_task)), min(cfg.eval.prompts, len(heldout_task)), seed=0, step=0)
+    return Parts(
+        policy,
+        reference,
+        tokenizer,
+        optimizer,
+        sampling_rule(policy, tokenizer, cfg.sampling.temperature),
+        sampler,
+        reward,
+        advantage,
+        loss,
+        kl_ref,
+        kl_old,
+        train=that_fit(cfg, policy, tokenizer, [task[i] for i in range(len(task))], "train", console),
+        heldout=that_fit(cfg, policy, tokenizer, [heldout_task[i] for i in heldout], "held-out", console),
+        solved=lambda example, reply: total(task.score(example, reply)) >= 1,
+    )
+
+
+def total(score: float | dict[str, float]) -> float:
+    return sum(score.values()) if isinstance(score, dict) else score
+
+
+def kl_terms(cfg: Config, console: Console) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The two KLs; a trap is refused, or named on one line."""
+    place, estimator = cfg.kl_ref.place, cfg.kl_ref.estimator
+    active = cfg.kl_ref.coef > 0
+    if active and (place, estimator) in REFUSED:
+        raise UserError(
+            f"kl_ref.estimator={estimator} with kl_ref.place={place}: {REFUSED[place, estimator]}; "
+            f"choose {', '.join(KL_LOSSES)}"
+        )
+    if active and (place, estimator) in TRAPS:
+        console.print(f"[yellow]note:[/] {TRAPS[place, estimator]}")
+    table = KL if place == "reward" or not active else KL_LOSSES
+    kl_ref = resolve({"name": estimator}, table, "kl_ref.estimator")
+    return kl_ref, resolve({"name": cfg.kl_old.estimator}, KL_OLD_LOSSES, "kl_old.estimator")
+
+
+def dtype_of(cfg: Config, device: torch.device) -> torch.dtype:
+    if cfg.model.dtype != "auto":
+        return getattr(torch, cfg.model.dtype)
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def base_model(console: Console) -> Path:
+    """The tiny base, with a progress bar if it has to be made."""
+    with console.status("") as status:
+        return tiny.cached_base(
+            lambda accuracy, goal: status.update(
+                f"making the tiny base model, once: sampled accuracy {accuracy:.2f}, stops at {goal}"
+            )
+        )
+
+
+def that_fit(
+    cfg: Config,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+    side: str,
+    console: Console,
+) -> list[Example]:
+    """The examples whose prompt leaves room for a reply; the others are counted and the first one is named."""
+    context: Any = getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None)
+    limit = cfg.sampling.max_prompt_tokens or (context - cfg.sampling.max_new_tokens if context else None)
+    if limit is None:
+        return examples
+    lengths = [len(encode(tokenizer, e.prompt)) for e in examples]
+    if long := [(n, e) for n, e in zip(lengths, examples, strict=True) if not 0 < n <= limit]:
+        tokens, first = long[0]
+        what = f"{len(long)} of {len(examples)} {side} prompts are empty or longer than {limit} tokens"
+        what += f", the first with {tokens}: {str(first.prompt)[:60]!r}"
+        if len(long) == len(examples):
+            raise UserError(f"{what}; none is left: raise sampling.max_prompt_tokens, or lower sampling.max_new_tokens")
+        console.print(f"[yellow]note:[/] dropped: {what}")
+    return [e for n, e in zip(lengths, examples, strict=True) if 0 < n <= limit]

@@ -1,0 +1,196 @@
+"""The policy: a Hugging Face causal LM read as backbone + unembedding, and the critic that may come with it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from rlkl.errors import UserError
+from rlkl.logprobs import head_logits, token_logprobs
+from rlkl.types import Batch, Evaluation, Head, Sampling
+
+CriticKind = Literal["none", "head", "network"]
+
+
+class Critic(nn.Module):
+    """V(s): a zero-initialised linear head on the policy's states, or on those of a backbone of its own."""
+
+    def __init__(self, lm: PreTrainedModel, own_backbone: bool) -> None:
+        super().__init__()
+        self.backbone = copy.deepcopy(lm.base_model) if own_backbone else None
+        weight = lm.get_output_embeddings().weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=dtype)
+        nn.init.zeros_(
+            self.head.weight
+        )  # V = 0 at the start: a random head gives a first critic gradient in the hundreds
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, T+1, D) states of the policy → (B, T) V(s_t) and (B,) V after the last sampled token."""
+        if self.backbone is not None:
+            hidden = trajectory(self.backbone, batch)
+        values = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
+        return values[:, :-1] * batch.mask, values.gather(1, batch.attended.sum(1, keepdim=True)).squeeze(1)
+
+
+class Policy(nn.Module):
+    """Backbone + unembedding + optional critic. Scores tokens at `batch.temperature`, with float32 logits."""
+
+    def __init__(self, lm: PreTrainedModel, critic: CriticKind = "none", vocab_size: int | None = None) -> None:
+        super().__init__()
+        self.lm = lm
+        self.critic = None if critic == "none" else Critic(lm, own_backbone=critic == "network")
+        self.vocab_size = vocab_size  # of the tokenizer; further rows of the embedding are padding
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.lm.base_model
+
+    @property
+    def head(self) -> Head:
+        """Read from the model each time, so that it is always the one being trained."""
+        unembedding, config = self.lm.get_output_embeddings(), self.lm.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1 / (
+            getattr(config, "logits_scaling", None) or 1
+        )  # Cohere, Granite
+        return Head(
+            unembedding.weight,
+            unembedding.bias,
+            scale,
+            getattr(config, "final_logit_softcapping", None),
+            self.vocab_size,
+        )
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(M, D) → (M, V) float32."""
+        return head_logits(states, self.head)
+
+    def states(self, batch: Batch) -> Tensor:
+        """(B, T, D): the final hidden state *before* each reply token, the one its log-prob is computed from."""
+        return trajectory(self.backbone, batch)[:, :-1]
+
+    def evaluate(self, batch: Batch, reference: Policy | None = None) -> Evaluation:
+        """Score the sampled tokens; with a reference also both exact KLs, from `batch.ref_states` if it is kept."""
+        hidden, mask = trajectory(self.backbone, batch), batch.mask
+        ref_hidden = None
+        if reference is not None:
+            with torch.no_grad():
+                ref_hidden = (reference.states(batch) if batch.ref_states is None else batch.ref_states)[mask]
+        stats = token_logprobs(
+            hidden[:, :-1][mask],
+            self.head,
+            batch.response_ids[mask],
+            temperature=batch.temperature,
+            ref_hidden=ref_hidden,
+            ref_head=reference.head if reference is not None else None,
+        )
+        per_token = [None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in stats]
+        values = (None, None) if self.critic is None else self.critic(hidden, batch)
+        return Evaluation(per_token[0], per_token[1], *values, *per_token[2:])
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """What is trained: the policy, and the critic apart, so that neither's gradient scales the other's step."""
+        groups = {"policy": self.lm, "critic": self.critic}
+        return {name: [p for p in module.parameters() if p.requires_grad] for name, module in groups.items() if module}
+
+
+def trajectory(backbone: nn.Module, batch: Batch) -> Tensor:
+    """(B, T+1, D) final hidden states after 0, 1, …, T reply tokens."""
+    attended = torch.cat([batch.prompt_mask, batch.attended], 1)
+    ids = torch.cat([batch.prompt_ids, batch.response_ids], 1).masked_fill(~attended, 0)
+    out = backbone(input_ids=ids, attention_mask=attended, position_ids=positions(attended), use_cache=False)
+    return out.last_hidden_state[:, batch.prompt_ids.shape[1] - 1 :]
+
+
+def positions(attended: Tensor) -> Tensor:
+    """(B, columns) bool → position ids that padding does not shift; models with learned positions need them."""
+    return (attended.long().cumsum(1) - 1).clamp_min(0)
+
+
+def reference_of(policy: Policy) -> Policy:
+    """The frozen copy that kl_ref measures against."""
+    return Policy(copy.deepcopy(policy.lm), vocab_size=policy.vocab_size).requires_grad_(False).eval()
+
+
+def load(
+    name: str, *, critic: CriticKind = "none", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Policy, PreTrainedTokenizerBase]:
+    """A causal LM directory or hub name → policy and tokenizer. UserError on what is missing or not supported."""
+    hf_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        lm = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model.name={name!r}: not a causal LM with a tokenizer, as a directory or a hub name: {first_line(error)}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model.name={name!r}: its tokenizer has no EOS token, so no reply could ever end; set eos_token"
+        )
+    check_reproduced(Policy(lm.to(device).eval(), vocab_size=len(tokenizer)))
+    policy = Policy(lm.to(dtype), critic, vocab_size=len(tokenizer))
+    return policy.eval(), tokenizer  # eval from here on: dropout would make the ratio differ from 1 before any update
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_reproduced(policy: Policy) -> None:
+    """Score one row by `evaluate` and by the model's own logits; UserError if they differ by more than 1e-4 nats."""
+    ids = (torch.arange(12, device=policy.lm.device) * 37 + 5) % (policy.vocab_size or policy.head.weight.shape[0])
+    prompt, reply = ids[None, :6], ids[None, 6:]
+    ones, kind = torch.ones_like(reply, dtype=torch.bool), policy.lm.config.model_type
+    batch = Batch(
+        prompt, ones, reply, ones, torch.zeros_like(reply, dtype=torch.float32), torch.zeros(1, dtype=torch.bool)
+    )
+    try:
+        with torch.no_grad():
+            scored = policy.evaluate(batch).logprobs
+            logits = policy.lm(input_ids=ids[None]).logits[:, 5:-1, : policy.vocab_size]
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{kind} models are not supported: {first_line(error)}") from error
+    gap = (scored - logits.float().log_softmax(-1).gather(-1, reply[..., None]).squeeze(-1)).abs().max().item()
+    if not gap <= 1e-4:
+        raise UserError(f"{kind} models are not supported: evaluate() is {gap:.2g} nats off the model's own logits")
+
+
+def sampling_rule(policy: Policy, tokenizer: PreTrainedTokenizerBase, temperature: float) -> Sampling:
+    """Temperature, every id that ends a reply, and a pad id that is none of them."""
+    declared = getattr(policy.lm.generation_config, "eos_token_id", None)
+    eos = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
+    pad = next(i for i in (tokenizer.pad_token_id, *range(len(eos) + 1)) if i is not None and i not in eos)
+    return Sampling(temperature=temperature, eos_ids=tuple(sorted(eos)), pad_id=pad, vocab_size=policy.vocab_size)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:
+    """Raw text as it is, chat messages through the tokenizer's template."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
+    try:
+        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    except ValueError as error:
+        raise UserError(f"chat messages need a tokenizer with a chat template: {first_line(error)}") from error
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, batch: Batch) -> list[str]:
+    """B replies as text, special tokens left out."""
+    return [
+        tokenizer.decode(ids[m], skip_special_tokens=True)
+        for ids, m in zip(batch.response_ids, batch.mask, strict=True)
+    ]
+
+
+def left_pad(prompts: list[list[int]], pad_id: int, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+    """N token lists → (N, P) ids and bool mask."""
+    width = max(len(p) for p in prompts)
+    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=device)
+    return ids, mask

@@ -1,0 +1,101 @@
+"""AdamW with float32 masters, gradients clipped group by group, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+
+class Optimizer:
+    """Steps named parameter groups apart: neither's gradient norm scales the other's step.
+
+    A bf16 parameter has a float32 master that takes the step and is copied back in place: at RL learning rates Adam on
+    bf16 keeps 1–7 % of the displacement. Sampler and trainer read the same tensors, which never move in memory.
+    """
+
+    def __init__(
+        self,
+        groups: dict[str, list[nn.Parameter]],
+        lrs: dict[str, float],
+        *,
+        betas: tuple[float, float],
+        weight_decay: float,
+        max_grad_norm: float,
+    ) -> None:
+        self.groups, self.lrs, self.max_grad_norm = groups, lrs, max_grad_norm
+        self.masters = {name: [master_of(p) for p in params] for name, params in groups.items()}
+        self.adamw = torch.optim.AdamW(
+            [{"params": self.masters[name], "lr": lrs[name]} for name in groups],
+            betas=betas,
+            weight_decay=weight_decay,
+            fused=True,
+        )
+
+    def step(self, lr_scale: float, loss: float = 0.0, frozen: Collection[str] = ()) -> dict[str, float]:
+        """Clip, step, zero. Returns each group's gradient norm before clipping; empty if one of them or the loss is not
+        finite: then nothing has moved.
+        """
+        for name in frozen:
+            for p in self.groups[name]:
+                p.grad = None  # AdamW passes over it: no step, no decay, no momentum
+        norms = {
+            name: nn.utils.clip_grad_norm_(params, self.max_grad_norm).item()
+            for name, params in self.groups.items()
+            if name not in frozen
+        }
+        finite = all(math.isfinite(x) for x in (loss, *norms.values()))
+        if finite:
+            for group, name in zip(self.adamw.param_groups, self.groups, strict=True):
+                group["lr"] = self.lrs[name] * lr_scale
+            self._through_masters()
+        self.zero()
+        return norms if finite else {}
+
+    def _through_masters(self) -> None:
+        pairs = [
+            (p, m)
+            for name in self.groups
+            for p, m in zip(self.groups[name], self.masters[name], strict=True)
+            if p is not m
+        ]
+        for p, master in pairs:
+            master.grad = None if p.grad is None else p.grad.to(master.dtype)
+        self.adamw.step()
+        with torch.no_grad():
+            for p, master in pairs:
+                p.copy_(master)
+                master.grad = None
+
+    def zero(self) -> None:
+        for params in self.groups.values():
+            for p in params:
+                p.grad = None
+
+    def state_dict(self) -> dict:
+        return {
+            "adamw": self.adamw.state_dict(),
+            "masters": {name: [m.detach() for m in ms] for name, ms in self.masters.items()},
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        with torch.no_grad():
+            for name, saved in state["masters"].items():
+                for p, master, value in zip(self.groups[name], self.masters[name], saved, strict=True):
+                    master.copy_(value)
+                    p.copy_(value)
+
+
+def master_of(p: nn.Parameter) -> nn.Parameter:
+    """The parameter itself, or a float32 copy where its own dtype is narrower."""
+    return p if p.dtype in (torch.float32, torch.float64) else nn.Parameter(p.detach().to(torch.float32))
+
+
+def lr_scale(step: int, steps: int, warmup: int, schedule: str) -> float:
+    """The factor on every learning rate at `step`: a linear rise over `warmup` steps, then the schedule down to 0."""
+    rise = min(1.0, (step + 1) / (warmup + 1))
+    left = (steps - step) / steps
+    return rise * {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[schedule]

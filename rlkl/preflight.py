@@ -1,0 +1,89 @@
+"""What must hold before the first rollout: the plug-ins are tried once on a small random batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rlkl.errors import UserError
+from rlkl.losses import Loss
+from rlkl.types import Batch, Evaluation
+
+
+def check_plugins(
+    advantage: Callable[..., tuple[Tensor, Tensor | None]],
+    loss: Callable[[Evaluation, Batch], Loss],
+    *,
+    names: tuple[str, str],
+    group_size: int,
+    critic: bool,
+) -> None:
+    """Run both on two random prompts. UserError where they raise, give wrong shapes, or could never teach anything."""
+    batch, new = random_batch(2 * group_size, critic)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            batch.advantages, batch.returns = advantage(batch.rewards, batch.values, batch.mask, group_size=group_size)
+        except Exception as error:
+            raise UserError(f"advantage.name={names[0]}: {_said(error)}") from error
+        if not batch.advantages.any():
+            raise UserError(
+                f"advantage.name={names[0]} with sampling.group_size={group_size} is zero for every reply, so nothing "
+                "would be learned: choose sampling.group_size >= 2"
+            )
+        if critic and batch.returns is None:
+            raise UserError(
+                f"advantage.name={names[0]} does not train a critic: set model.critic=none, or advantage.name=gae"
+            )
+        try:
+            per_token, stats = loss(new, batch)
+        except Exception as error:
+            raise UserError(f"loss.name={names[1]}: {_said(error)}") from error
+    wrong = {n: tuple(x.shape) for n, x in {"loss": per_token, **stats}.items() if x.shape != batch.mask.shape}
+    if wrong:
+        raise UserError(
+            f"loss.name={names[1]}: must give (B, T) tensors; for a {tuple(batch.mask.shape)} batch it gave {wrong}"
+        )
+    if not per_token.requires_grad:
+        raise UserError(f"loss.name={names[1]}: its loss does not depend on new.logprobs, so it has no gradient")
+
+
+def _said(error: Exception) -> str:
+    return (
+        str(error).splitlines()[0]
+        if type(error) is ValueError
+        else f"failed on a random batch: {type(error).__name__}: {error}"
+    )
+
+
+def random_batch(rows: int, critic: bool, columns: int = 4, seed: int = 0) -> tuple[Batch, Evaluation]:
+    """`rows` ragged replies as they look before credit is given, and an evaluation near them that carries gradients."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal() -> Tensor:
+        return torch.randn(rows, columns, generator=g)
+
+    mask = torch.arange(columns) < torch.randint(1, columns + 1, (rows, 1), generator=g)
+    ids, ones = torch.zeros(rows, columns, dtype=torch.long), torch.ones(rows, columns, dtype=torch.bool)
+    old = -normal().abs()
+    batch = Batch(
+        ids,
+        ones,
+        ids,
+        mask,
+        old,
+        torch.zeros(rows, dtype=torch.bool),
+        old_logprobs=old,
+        ref_logprobs=old - 0.1 * normal(),
+        values=normal() if critic else None,
+        rewards=normal(),
+        old_entropy=normal().abs(),
+    )
+    new = Evaluation(
+        (old + 0.1 * normal()).requires_grad_(),
+        normal().abs().requires_grad_(),
+        normal().requires_grad_() if critic else None,
+        torch.zeros(rows) if critic else None,
+    )
+    return batch, new

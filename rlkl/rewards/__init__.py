@@ -1,0 +1,57 @@
+"""Judge: reward(examples, replies, batch) -> (scores (B,), parts {name: (B,)}), and how scores become token rewards."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rlkl.errors import UserError
+from rlkl.types import Batch, Example
+
+Reward = Callable[[Sequence[Example], Sequence[str], Batch], tuple[Tensor, dict[str, Tensor]]]
+
+
+def from_task(score: Callable[[Example, str], float | dict[str, float]]) -> Reward:
+    """The reward of a run without a `reward:` section: task.score of each reply; named parts are summed."""
+
+    @functools.wraps(score)
+    def reward(examples: Sequence[Example], replies: Sequence[str], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        judged = [score(e, r) for e, r in zip(examples, replies, strict=True)]
+        rows = [j if isinstance(j, dict) else {"score": j} for j in judged]
+        parts = {name: torch.tensor([float(r.get(name, 0.0)) for r in rows]) for name in rows[0]}
+        return torch.stack(list(parts.values())).sum(0), parts if len(parts) > 1 else {}
+
+    return reward
+
+
+def judge(
+    reward: Reward, examples: Sequence[Example], replies: Sequence[str], batch: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(B,) scores and their named parts. UserError where the reward raises, or gives not one finite number a reply."""
+    name = getattr(reward, "__name__", None) or getattr(reward, "func", reward).__name__
+    try:
+        scores, parts = reward(examples, replies, batch)
+        scores = torch.as_tensor(scores, dtype=torch.float32, device=batch.mask.device)
+    except Exception as error:  # somebody else's code may fail in any way
+        raise UserError(f"the reward {name} raised {type(error).__name__}: {error}".splitlines()[0]) from error
+    if scores.shape != (len(replies),):
+        raise UserError(f"the reward {name} gave scores of shape {tuple(scores.shape)} for {len(replies)} replies")
+    if not scores.isfinite().all():
+        row = int((~scores.isfinite()).long().argmax())
+        raise UserError(
+            f"the reward {name} gave {scores[row].item()} for the reply {replies[row]!r} to {examples[row].prompt!r}"
+        )
+    return scores, parts
+
+
+def token_rewards(scores: Tensor, mask: Tensor) -> Tensor:
+    """(B,) scores → (B, T): each on the last sampled token of its reply, the EOS if there is one; zero elsewhere."""
+    last = mask.long().cumsum(1).argmax(1, keepdim=True)  # the first column that reaches the full count
+    placed = torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device).scatter(1, last, scores[:, None])
+    return placed.masked_fill(~mask, 0.0)
+
+
+REWARDS: dict[str, Reward] = {}

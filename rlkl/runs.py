@@ -1,0 +1,111 @@
+"""The run folder: what was run, with which code, and whether it may be continued."""
+
+from __future__ import annotations
+
+import filecmp
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from rlkl import config
+from rlkl.errors import UserError
+from rlkl.schema import Config
+
+MAY_CHANGE = ("optim.steps", "log.", "eval.every", "checkpoint.", "resume", "run")  # steps and logging
+
+
+def configure(argv: list[str]) -> Config:
+    """The config of the command line; with resume=FOLDER that of the run, which only steps and logging may change."""
+    folders = [arg.removeprefix("resume=") for arg in argv if arg.startswith("resume=")]
+    if not folders:
+        return config.load(argv)
+    saved = config.read_yaml(Path(folders[-1]) / "config.yaml")
+    tree = config.load(argv, saved)
+    before, after = (flat(asdict(c)) for c in (config.build(saved), tree))
+    changed = [
+        key for key in sorted({*before, *after}) if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"resume={folders[-1]}: {key} was {before.get(key)} and is now {after.get(key)}; only optim.steps, "
+            "eval.every, checkpoint.* and log.* may change"
+        )
+    return tree
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} → {"a.b": 1}."""
+    rows = {}
+    for key, value in tree.items():
+        rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return rows
+
+
+def open_folder(cfg: Config, argv: list[str]) -> Path:
+    """Make the run folder and write down what is needed to repeat the run, or find it again on resume."""
+    plugins = [
+        Path(v.rpartition(":")[0]) for k, v in flat(asdict(cfg)).items() if k.endswith("name") and ".py:" in str(v)
+    ]
+    if cfg.resume:
+        folder = Path(cfg.resume)
+        for file in plugins:
+            kept = folder / "plugins" / file.name
+            if not filecmp.cmp(file, kept, shallow=False):
+                raise UserError(f"resume={folder}: {file} differs from {kept}, which the run was started with")
+        return folder
+    folder = (
+        Path(cfg.run)
+        if cfg.run != "auto"
+        else numbered(Path("runs") / f"{cfg.task['name']}-{cfg.loss['name']}".replace("/", "_").replace(":", "-"))
+    )
+    if folder.exists():
+        raise UserError(f"run={folder}: the folder exists; a run is never overwritten: resume={folder} continues it")
+    try:
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "plugins").mkdir()
+    except OSError as error:
+        raise UserError(f"run={folder}: cannot be written: {error.strerror}") from error
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump(json.loads(json.dumps(asdict(cfg))), sort_keys=False), encoding="utf-8"
+    )
+    (folder / "provenance.json").write_text(json.dumps(provenance(argv), indent=1), encoding="utf-8")
+    for file in plugins:
+        shutil.copy(file, folder / "plugins" / file.name)
+    return folder
+
+
+def numbered(stem: Path) -> Path:
+    """The first of stem-1, stem-2, … that does not exist."""
+    number = 1
+    while (folder := stem.with_name(f"{stem.name}-{number}")).exists():
+        number += 1
+    return folder
+
+
+def provenance(argv: list[str]) -> dict:
+    """The command, the versions, the git revision and whether the tree was clean."""
+    here = Path(__file__).parent
+    git = (
+        [
+            subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=False).stdout.strip()
+            for args in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+        ]
+        if shutil.which("git")
+        else ["", ""]
+    )
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
+    return {
+        "command": " ".join(["python", "train.py", *argv]),
+        "python": platform.python_version(),
+        **versions,
+        "platform": platform.platform(),
+        "git": git[0] or None,
+        "clean": not git[1],
+    }

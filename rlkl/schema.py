@@ -1,0 +1,201 @@
+"""Every option of a run: name, type, default and one line of what it is for."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+# Sections of {name: …, **the options of the function it names}; a plain string is the name alone.
+PLUGINS = {"task", "reward", "backend", "advantage", "loss"}
+
+
+def named(section: Any) -> Any:
+    if isinstance(section, dict) and not isinstance(section.get("name"), str):
+        raise ValueError(f"needs a name, got {section}")
+    return section
+
+
+Plugin = Annotated[dict[str, Any], BeforeValidator(named)]
+
+
+def plugin(name: str) -> Any:
+    return field(default_factory=lambda: {"name": name})
+
+
+@dataclass(config=STRICT)
+class Model:
+    name: str = "tiny"
+    """causal LM: a directory or a hub name; tiny = a small one made on the spot"""
+    critic: Literal["none", "head", "network"] = "none"
+    """value function: none, a linear head on the policy's states, or a network of its own"""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """of weights and compute; auto = bfloat16 on cuda (with float32 masters), else float32"""
+    reference: bool = True
+    """keep a frozen copy of the first policy: needed by kl_ref, and to meter the drift"""
+
+
+@dataclass(config=STRICT)
+class Sampling:
+    backend: Plugin = plugin("cached")
+    """rollout backend: naive or cached, the same tokens from either"""
+    prompts: PositiveInt = 32
+    """N, prompts per step"""
+    group_size: PositiveInt = 8
+    """G, replies per prompt"""
+    max_new_tokens: PositiveInt = 8
+    """T, room for a reply; one that does not end in it is truncated"""
+    max_prompt_tokens: PositiveInt | None = None
+    """longer prompts are dropped; by default what the model's context leaves"""
+    temperature: PositiveFloat = 1.0
+    """of sampling and of scoring alike"""
+
+
+@dataclass(config=STRICT)
+class KLRef:
+    place: Literal["reward", "loss"] = "reward"
+    """where KL(pi || ref) is charged"""
+    estimator: str = "k1"
+    """in the reward: k1 (k2, k3 are traps); in the loss: k2, k3"""
+    coef: NonNegativeFloat = 0.0
+    """beta; 0 = off"""
+    target: PositiveFloat | None = None
+    """nats per sequence; given, coef adapts to hold KL(pi || ref) there"""
+    horizon: PositiveInt = 10_000
+    """replies over which an adaptive coef may change by 20 %"""
+
+
+@dataclass(config=STRICT)
+class KLOld:
+    estimator: str = "k3"
+    """of KL(pi_old || pi), from samples of pi_old: k2 or k3"""
+    coef: NonNegativeFloat = 0.0
+    """penalty in the loss; 0 = off"""
+    target: PositiveFloat | None = None
+    """nats per token; given, coef doubles or halves to hold KL(pi_old || pi) there"""
+    stop: PositiveFloat | None = None
+    """nats per token; beyond it the remaining updates on this rollout are skipped"""
+
+
+@dataclass(config=STRICT)
+class Optim:
+    steps: PositiveInt = 300
+    """rollouts, each followed by its updates"""
+    lr: NonNegativeFloat = 3e-4
+    """of the policy"""
+    critic_lr: NonNegativeFloat = 1e-3
+    """of the critic"""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """of both learning rates, down to 0 at the last step"""
+    warmup: NonNegativeInt = 0
+    """steps over which the learning rates rise from 0"""
+    critic_warmup: NonNegativeInt = 0
+    """first steps in which only the critic moves"""
+    epochs: PositiveInt = 1
+    """passes over each rollout"""
+    minibatch: PositiveInt | None = None
+    """rows per update; by default the whole rollout"""
+    micro_tokens: PositiveInt = 8192
+    """padded tokens per forward pass; bounds memory, never changes the gradient"""
+    weights: Literal["token", "sequence", "constant"] = "token"
+    """what counts the same: every token, every reply, or every token over a fixed length"""
+    max_grad_norm: PositiveFloat = 1.0
+    """gradients are clipped to it, policy and critic apart"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """of AdamW"""
+    weight_decay: NonNegativeFloat = 0.0
+    """of AdamW"""
+    max_skips: PositiveInt = 5
+    """consecutive updates with a non-finite gradient after which the run gives up"""
+
+
+@dataclass(config=STRICT)
+class Eval:
+    every: NonNegativeInt = 50
+    """steps between held-out evaluations; 0 = only before and after"""
+    prompts: PositiveInt = 500
+    """held-out prompts, the same ones every time"""
+    samples: PositiveInt = 8
+    """k of pass@k, before and after"""
+    temperature: PositiveFloat = 1.0
+    """of the sampled accuracy"""
+
+
+@dataclass(config=STRICT)
+class Log:
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Weights & Biases"""
+    project: str = "rlkl"
+    """its project"""
+    every: PositiveInt = 10
+    """steps between lines and samples on the terminal; metrics.jsonl has every step"""
+
+
+@dataclass(config=STRICT)
+class Checkpoint:
+    every: NonNegativeInt = 50
+    """steps between checkpoints; 0 = only at the end"""
+    keep: PositiveInt = 2
+    """newest checkpoints kept, beside the best by held-out accuracy"""
+
+
+@dataclass(config=STRICT)
+class Config:
+    seed: NonNegativeInt = 0
+    """of everything random"""
+    device: str = "auto"
+    """auto = cuda, else mps, else cpu"""
+    run: str = "auto"
+    """folder of this run, never overwritten; auto = runs/<task>-<loss>-<number>"""
+    resume: str | None = None
+    """folder of a run to continue, bit for bit"""
+    model: Model = field(default_factory=Model)
+    task: Plugin = plugin("addition")
+    """prompts and their judge: addition, jsonl or file.py:class"""
+    reward: Plugin | None = None
+    """file.py:function; by default the task's score"""
+    sampling: Sampling = field(default_factory=Sampling)
+    truncation: Literal["terminal", "bootstrap", "mask"] = "terminal"
+    """a reply that ran out of room: is over, is worth gamma V(s_T) more, or is not trained on"""
+    advantage: Plugin = plugin("grpo")
+    """gae, grpo, dr_grpo, rloo or file.py:function"""
+    loss: Plugin = plugin("grpo")
+    """ppo, grpo, surrogate or file.py:function"""
+    kl_ref: KLRef = field(default_factory=KLRef)
+    kl_old: KLOld = field(default_factory=KLOld)
+    optim: Optim = field(default_factory=Optim)
+    eval: Eval = field(default_factory=Eval)
+    log: Log = field(default_factory=Log)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+    @model_validator(mode="after")
+    def possible(self) -> Self:
+        """What no single key can see."""
+        rows = self.sampling.prompts * self.sampling.group_size
+        if self.optim.minibatch and self.optim.minibatch > rows:
+            raise ValueError(
+                f"optim.minibatch={self.optim.minibatch} is larger than the rollout of {rows} rows "
+                "(sampling.prompts * sampling.group_size)"
+            )
+        if self.kl_ref.coef > 0 and not self.model.reference:
+            raise ValueError(
+                f"kl_ref.coef={self.kl_ref.coef} needs a reference: set model.reference=true, or kl_ref.coef=0"
+            )
+        if self.truncation == "bootstrap" and self.model.critic == "none":
+            raise ValueError(
+                "truncation=bootstrap needs V(s_T): set model.critic=head or network, or truncation=terminal or mask"
+            )
+        return self

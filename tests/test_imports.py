@@ -1,0 +1,96 @@
+"""Who may import whom: mathematics knows nothing of models, nothing knows train.py, each library has its place."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "rlkl").rglob("*.py"))
+
+MAY_IMPORT = {  # module or package → what of ours it may import, itself aside
+    "errors": set(),
+    "types": set(),
+    "seeds": set(),
+    "optim": set(),
+    "log": set(),
+    "report": set(),
+    "checkpoint": set(),
+    "kl": {"types"},
+    "advantages": {"types"},
+    "losses": {"types"},
+    "metrics": {"types"},
+    "schema": {"errors"},
+    "config": {"errors", "schema"},
+    "terminal": set(),
+    "logprobs": {"types", "kernels"},
+    "kernels": {"types"},
+    "model": {"errors", "logprobs", "types"},
+    "rollout": {"model", "types", "kernels"},
+    "tasks": {"errors", "types"},
+    "rewards": {"errors", "model", "types"},
+    "preflight": {"errors", "losses", "types"},
+    "runs": {"config", "errors", "schema"},
+}
+ONLY = {  # library → the modules that may import it
+    "transformers": {"model", "rollout/engine", "rewards/models", "tiny", "build"},
+    "triton": {"kernels"},
+    "wandb": {"log"},
+    "yaml": {"config", "runs"},
+    "pydantic": {"schema", "config"},
+    "rich": {"terminal", "build"},
+    "matplotlib": {"report"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names that a file imports, also inside functions and for type checking."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} if node.module != "rlkl" else {f"rlkl.{alias.name}" for alias in node.names}
+    return found
+
+
+def inside(module: str, places: set[str]) -> bool:
+    return any(module == place or module.startswith(place + "/") for place in places)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    module = str(path.relative_to(ROOT / "rlkl").with_suffix(""))
+    mine = module.split("/")[0]
+    for name in imported(path):
+        parts = name.split(".")
+        assert parts[0] != "train", f"{module} imports train.py"
+        if parts[0] == "rlkl" and len(parts) > 1 and mine in MAY_IMPORT:
+            assert parts[1] in MAY_IMPORT[mine] | {mine}, f"{module} may not import {name}"
+        if parts[0] in ONLY and module != "__init__":
+            assert inside(module, ONLY[parts[0]]), f"{module} may not import {name}"
+
+
+def test_there_is_no_import_circle():
+    graph = {str(p.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): p for p in FILES}
+    edges = {m: {n for n in imported(p) if n in graph and n != m} for m, p in graph.items()}
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " → ".join((*path[path.index(module) :], module))
+        for other in edges[module]:
+            visit(other, (*path, module))
+
+    for module in edges:
+        visit(module, ())
+
+
+def test_every_imported_library_is_a_dependency_of_our_own():
+    import sys
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = [d.split(">")[0].split("=")[0].split("[")[0].strip().lower() for d in project["dependencies"]]
+    names += [d.split(">")[0].split("=")[0].strip().lower() for d in project["optional-dependencies"]["dev"]]
+    known = {{"pyyaml": "yaml"}.get(n, n) for n in names} | set(sys.stdlib_module_names) | {"rlkl", "train", "tests"}
+    for path in [*FILES, ROOT / "train.py"]:
+        assert {n.split(".")[0] for n in imported(path)} <= known, path

@@ -1,0 +1,260 @@
+"""Train a language model with PPO or GRPO:  python train.py configs/tiny-ppo.yaml optim.lr=1e-3
+
+One step is `training_step`:  act → judge → evaluate → credit → learn → report.  `--help` lists every option.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlkl import checkpoint, kl, model, report, runs
+from rlkl.build import Parts, build, pick_device
+from rlkl.config import options
+from rlkl.errors import UserError
+from rlkl.heldout import accuracy
+from rlkl.log import Meters, RunLog, read_rows
+from rlkl.losses import importance_ratio, token_weights
+from rlkl.metrics import describe, speed
+from rlkl.optim import lr_scale
+from rlkl.rewards import judge, token_rewards
+from rlkl.rollout.sample import draw_uniforms
+from rlkl.schema import Config
+from rlkl.seeds import draw, generator, stream
+from rlkl.terminal import Interrupt, before_and_after, console, progress, show, usage
+from rlkl.types import Batch, Evaluation
+
+
+@dataclass
+class State:
+    """What changes from step to step, beside the weights and the optimizer."""
+
+    kl_ref_coef: float
+    kl_old_coef: float
+    step: int = 0
+    skips: int = 0  # updates in a row that were not finite
+    best_accuracy: float = -1.0  # held out
+    best_step: int | None = None
+    before: dict[str, float] = field(default_factory=dict)  # held out, before the first step
+
+
+def training_step(cfg: Config, parts: Parts, state: State) -> tuple[dict[str, float], dict[str, Any]]:
+    """One rollout and the updates on it. Returns the row of metrics, and one sample."""
+    torch.manual_seed(stream(cfg.seed, state.step, "plug-ins"))  # the loop itself draws from its own generator only
+    random.seed(stream(cfg.seed, state.step, "plug-ins"))
+    rng, group, meters = generator(cfg.seed, state.step, "rollout"), cfg.sampling.group_size, Meters()
+    clock = [time.perf_counter()]
+
+    # 1. Act: G replies to each of N prompts. The uniforms are the only randomness.
+    examples = draw(parts.train, cfg.sampling.prompts, cfg.seed, state.step)
+    prompts = [model.encode(parts.tokenizer, e.prompt) for e in examples]
+    prompt_ids, prompt_mask = model.left_pad(prompts, parts.rule.pad_id, parts.policy.lm.device)
+    uniforms = draw_uniforms(len(prompts) * group, cfg.sampling.max_new_tokens, rng, prompt_ids.device)
+    batch = parts.sampler(parts.policy, prompt_ids, prompt_mask, uniforms, parts.rule)
+
+    # 2. Judge: one score per reply.
+    asked, replies = [e for e in examples for _ in range(group)], model.decode(parts.tokenizer, batch)
+    scores, named = judge(parts.reward, asked, replies, batch)
+    clock.append(time.perf_counter())
+
+    # 3. Evaluate: the same tokens under pi_old and the reference, by the training forward pass.
+    last_values = evaluate(cfg, parts, state, batch)
+    clock.append(time.perf_counter())
+
+    # 4. Credit: scores, and perhaps a KL penalty → token rewards → advantages.
+    paid = scores
+    if cfg.truncation == "bootstrap":  # the critic's guess stands for what a longer reply would have earned
+        paid = scores + parts.advantage.keywords.get("gamma", 1.0) * last_values * batch.truncated
+    batch.rewards = token_rewards(paid, batch.mask)
+    if state.kl_ref_coef > 0 and cfg.kl_ref.place == "reward":
+        batch.rewards = batch.rewards - state.kl_ref_coef * parts.kl_ref(batch.old_logprobs, batch.ref_logprobs)
+    batch.advantages, batch.returns = parts.advantage(batch.rewards, batch.values, batch.mask, group_size=group)
+
+    # 5. Learn: a few updates, held near pi_old by the trust region.
+    learned = learn(cfg, parts, state, batch, rng, meters)
+    clock.append(time.perf_counter())
+
+    # 6. Report.
+    row = describe(batch, scores, named, group) | meters.row() | learned | speed(batch, clock)
+    row |= {"kl_ref_coef": state.kl_ref_coef, "kl_old_coef": state.kl_old_coef}
+    if "kl_pi_ref_tok" in row:
+        row["kl_pi_ref_seq"] = row["kl_pi_ref_tok"] * row["length"]  # Σ / tokens · tokens / rows
+        state.kl_ref_coef = kl.proportional(
+            state.kl_ref_coef, cfg.kl_ref.target, row["kl_pi_ref_seq"], len(batch), cfg.kl_ref.horizon
+        )
+    return row, {"prompt": asked[0].prompt, "reply": replies[0], "score": scores[0].item()}
+
+
+@torch.no_grad()
+def evaluate(cfg: Config, parts: Parts, state: State, batch: Batch) -> Tensor | None:
+    """Fill in old_logprobs, values and ref_logprobs; returns V after the last token, (B,), None without a critic.
+
+    With one update per rollout and nothing that reads it earlier, pi_old is the pi of that update: not scored here.
+    """
+    several = cfg.optim.epochs > 1 or (cfg.optim.minibatch or len(batch)) < len(batch)
+    in_reward = state.kl_ref_coef > 0 and cfg.kl_ref.place == "reward"
+    needs_old = several or in_reward or parts.policy.critic is not None
+    scored: dict[str, Tensor] = {}
+    for rows, micro in batch.microbatches(cfg.optim.micro_tokens):
+        found = {}
+        if needs_old:
+            old = parts.policy.evaluate(micro)
+            found = {
+                "old_logprobs": old.logprobs,
+                "old_entropy": old.entropy,
+                "values": old.values,
+                "last_values": old.last_values,
+            }
+        if parts.reference is not None:
+            found["ref_logprobs"] = parts.reference.evaluate(micro).logprobs
+        for name, x in found.items():
+            if x is not None:
+                full = scored.setdefault(name, x.new_zeros(batch.mask.shape[: x.dim()]))
+                full[(rows, slice(x.shape[1])) if x.dim() == 2 else rows] = x
+    last_values = scored.pop("last_values", None)
+    for name, x in scored.items():
+        setattr(batch, name, x)
+    return last_values
+
+
+def learn(
+    cfg: Config, parts: Parts, state: State, batch: Batch, rng: torch.Generator, meters: Meters
+) -> dict[str, float]:
+    """Epochs of minibatches, one update each. Returns gradient norms, learning rate and counts."""
+    scale = lr_scale(state.step, cfg.optim.steps, cfg.optim.warmup, cfg.optim.schedule)
+    frozen = ("policy",) if state.step < cfg.optim.critic_warmup else ()
+    row = {"lr": cfg.optim.lr * scale, "updates": 0.0, "skipped": 0.0}
+    norms: dict[str, list[float]] = defaultdict(list)
+    drift = 0.0
+    for mini in (
+        m for _ in range(cfg.optim.epochs) for m in batch.shuffle(rng).split(cfg.optim.minibatch or len(batch))
+    ):
+        loss, drift = backward(cfg, parts, state, mini, meters)
+        if cfg.kl_old.stop is not None and drift > cfg.kl_old.stop:
+            parts.optimizer.zero()
+            break
+        found = parts.optimizer.step(scale, loss, frozen)
+        state.skips = 0 if found else state.skips + 1
+        row["updates" if found else "skipped"] += 1
+        for name, norm in found.items():
+            norms[name].append(norm)
+        if state.skips == cfg.optim.max_skips:
+            raise UserError(
+                f"{state.skips} updates in a row had a loss or a gradient that is not finite: try a smaller "
+                "optim.lr, a longer optim.warmup, a smaller loss.clip, or model.dtype=float32"
+            )
+    state.kl_old_coef = kl.doubling(state.kl_old_coef, cfg.kl_old.target, drift)  # as it was before the last update
+    return row | {f"grad_norm/{name}": sum(x) / len(x) for name, x in norms.items()}
+
+
+def backward(cfg: Config, parts: Parts, state: State, mini: Batch, meters: Meters) -> tuple[float, float]:
+    """The gradient of one update, however it is cut. Returns its loss and KL(pi_old || pi) per token before it."""
+    trained = mini.mask & ~mini.truncated[:, None] if cfg.truncation == "mask" else mini.mask
+    mini.weights = token_weights(trained, cfg.optim.weights, cfg.sampling.max_new_tokens)
+    total, drift, tokens = 0.0, 0.0, int(mini.mask.sum())
+    for _, micro in mini.microbatches(cfg.optim.micro_tokens):
+        new = parts.policy.evaluate(micro)
+        if micro.old_logprobs is None:
+            micro.old_logprobs = new.logprobs.detach()
+        per_token, stats = parts.loss(new, micro)
+        if state.kl_ref_coef > 0 and cfg.kl_ref.place == "loss":
+            per_token = per_token + state.kl_ref_coef * parts.kl_ref(new, micro)
+        if state.kl_old_coef > 0:
+            per_token = per_token + state.kl_old_coef * parts.kl_old(new, micro)
+        loss = (micro.weights * per_token)[micro.mask].sum()
+        loss.backward()
+        stats = {**stats, **distances(new, micro)}
+        meters.add(micro.mask, stats)
+        total, drift = total + loss.item(), drift + stats["kl_old_pi"][micro.mask].sum().item() / tokens
+    return total, drift
+
+
+def distances(new: Evaluation, micro: Batch) -> dict[str, Tensor]:
+    """(B, T) meters of how far policies are apart: pi from pi_old, pi_old from the reference and from the sampler."""
+    old, gap = micro.old_logprobs, (micro.old_logprobs - micro.sampler_logprobs).abs()
+    stats = {
+        "entropy": new.entropy,
+        "kl_old_pi": kl.k3(old, new.logprobs.detach()),
+        "sampler_gap": gap,
+        "sampler_gap_max": gap,
+        "ratio_max": importance_ratio(new.logprobs.detach(), old),
+    }
+    return stats if micro.ref_logprobs is None else stats | {"kl_pi_ref_tok": kl.k1(old, micro.ref_logprobs)}
+
+
+def train(cfg: Config, argv: list[str]) -> Path:
+    """Build, loop, report. Returns the folder of the last checkpoint, a Hugging Face directory."""
+    device = pick_device(cfg.device)
+    console.print(f"device: {device}")
+    start = checkpoint.newest(Path(cfg.resume)) if cfg.resume else None
+    parts = build(cfg, device, console, start)
+    folder = runs.open_folder(cfg, argv)
+    state = State(cfg.kl_ref.coef, cfg.kl_old.coef)
+    if start is not None:
+        state = State(**checkpoint.restore(start, parts.policy, parts.optimizer))
+    log = RunLog(folder, asdict(cfg), wandb_mode=cfg.log.wandb, project=cfg.log.project, start=state.step)
+    measure = partial(accuracy, parts, temperature=cfg.eval.temperature, max_new_tokens=cfg.sampling.max_new_tokens)
+
+    def save() -> Path:
+        path = checkpoint.save(folder, state.step, parts.policy, parts.tokenizer, parts.optimizer, asdict(state))
+        checkpoint.prune(folder, cfg.checkpoint.keep, state.best_step)
+        return path
+
+    state.before = state.before or measure(samples=cfg.eval.samples)
+    console.print(f"run: {folder}   {len(parts.train)} prompts, {len(parts.heldout)} held out {state.before}")
+    with Interrupt() as interrupt, progress(state.step, cfg.optim.steps) as advance:
+        while state.step < cfg.optim.steps and not interrupt.asked:
+            try:
+                row, sample = training_step(cfg, parts, state)
+            except UserError as error:
+                raise UserError(
+                    f"{error}; step {state.step} is kept: resume={save().parent.parent} continues"
+                ) from error
+            state.step += 1
+            if cfg.eval.every and state.step % cfg.eval.every == 0:
+                row |= {f"heldout/{name}": x for name, x in measure(samples=1).items()}
+                if row["heldout/accuracy"] > state.best_accuracy:
+                    state.best_accuracy, state.best_step = row["heldout/accuracy"], state.step
+            log.write({"step": state.step, **row}, sample)
+            if state.step % cfg.log.every == 0 or state.step == 1:
+                show(state.step, row, sample)
+            if cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0:
+                save()
+            advance(state.step)
+    log.close()
+    path = save()
+    if state.step < cfg.optim.steps:
+        console.print(f"stopped after step {state.step}: python train.py resume={folder} continues")
+        return path
+    after = measure(samples=cfg.eval.samples)
+    before_and_after(
+        state.before, after, f"{len(parts.heldout)} held-out prompts, temperature {cfg.eval.temperature:g}"
+    )
+    report.write(folder, read_rows(folder / "metrics.jsonl"), state.before, after)
+    console.print(f"report: {folder / 'report.md'}\nmodel: {path}")
+    return path
+
+
+def main(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        usage(__doc__ or "", options())
+        return 0
+    try:
+        train(runs.configure(argv), argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
