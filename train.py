@@ -24,9 +24,9 @@ from rlkl.errors import UserError
 from rlkl.heldout import accuracy
 from rlkl.log import Meters, RunLog, read_rows
 from rlkl.losses import importance_ratio, token_weights
-from rlkl.metrics import describe, speed
+from rlkl.metrics import credited, describe, speed
 from rlkl.optim import lr_scale
-from rlkl.rewards import judge, token_rewards
+from rlkl.rewards import informative, judge, token_rewards
 from rlkl.rollout.sample import draw_uniforms
 from rlkl.schema import Config
 from rlkl.seeds import draw, generator, stream
@@ -64,6 +64,11 @@ def training_step(cfg: Config, parts: Parts, state: State) -> tuple[dict[str, fl
     # 2. Judge: one score per reply.
     asked, replies = [e for e in examples for _ in range(group)], model.decode(parts.tokenizer, batch)
     scores, named = judge(parts.reward, asked, replies, batch)
+    row = describe(batch, scores, named, group)
+    sample = {"prompt": asked[0].prompt, "reply": replies[0], "score": scores[0].item()}
+    if cfg.sampling.unanimous == "drop":
+        kept = informative(scores, group)
+        batch, scores = batch[kept].trim(), scores[kept]
     clock.append(time.perf_counter())
 
     # 3. Evaluate: the same tokens under pi_old and the reference, by the training forward pass.
@@ -84,14 +89,14 @@ def training_step(cfg: Config, parts: Parts, state: State) -> tuple[dict[str, fl
     clock.append(time.perf_counter())
 
     # 6. Report.
-    row = describe(batch, scores, named, group) | meters.row() | learned | speed(batch, clock)
+    row |= credited(batch) | meters.row() | learned | speed(row["tokens"], clock, batch.mask.device)
     row |= {"kl_ref_coef": state.kl_ref_coef, "kl_old_coef": state.kl_old_coef}
     if "kl_pi_ref_tok" in row:
-        row["kl_pi_ref_seq"] = row["kl_pi_ref_tok"] * row["length"]  # Σ / tokens · tokens / rows
+        row["kl_pi_ref_seq"] = row["kl_pi_ref_tok"] * int(batch.mask.sum()) / len(batch)  # Σ / tokens · tokens / rows
         state.kl_ref_coef = kl.proportional(
             state.kl_ref_coef, cfg.kl_ref.target, row["kl_pi_ref_seq"], len(batch), cfg.kl_ref.horizon
         )
-    return row, {"prompt": asked[0].prompt, "reply": replies[0], "score": scores[0].item()}
+    return row, sample
 
 
 @torch.no_grad()

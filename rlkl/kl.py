@@ -31,8 +31,8 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """ref/pi - 1 - log(ref/pi), (B, T) nats: unbiased, never negative, heavy-tailed where pi << ref."""
-    log_ratio = ref_logprobs - logprobs
-    return log_ratio.clamp(-20, 20).expm1() - log_ratio
+    log_ratio = (ref_logprobs - logprobs).clamp(max=20)  # of both terms: past it the gradient is 0, never the wrong way
+    return log_ratio.clamp(min=-20).expm1() - log_ratio
 
 
 KL = {"k1": k1, "k2": k2, "k3": k3}

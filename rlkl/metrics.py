@@ -13,25 +13,31 @@ from rlkl.types import Batch
 
 
 def describe(batch: Batch, scores: Tensor, named: dict[str, Tensor], group_size: int) -> dict[str, float]:
-    """The rollout: rewards, lengths, advantages, and how much of the returns the critic explains."""
-    groups, inside = scores.view(-1, group_size), batch.mask
+    """The whole rollout: rewards and lengths."""
+    groups = scores.view(-1, group_size)
     row = {
         "reward": scores.mean(),
         "reward_std": scores.std(unbiased=False),
         "unanimous": (groups.amax(1) == groups.amin(1)).float().mean(),
-        "length": inside.sum(1).float().mean(),
+        "length": batch.mask.sum(1).float().mean(),
         "truncated": batch.truncated.float().mean(),
-        "advantage": batch.advantages[inside].mean(),
-        "advantage_std": batch.advantages[inside].std(unbiased=False),
+        "tokens": batch.mask.sum(),
     }
     row |= {f"reward/{name}": part.float().mean() for name, part in named.items()}
+    return {name: float(x) for name, x in row.items()}
+
+
+def credited(batch: Batch) -> dict[str, float]:
+    """What is learned from: advantages, and how much of the returns the critic explains."""
+    inside = batch.advantages[batch.mask]
+    row = {"advantage": inside.mean(), "advantage_std": inside.std(unbiased=False)}
     if batch.returns is not None and batch.values is not None:
-        returns, values = batch.returns[inside], batch.values[inside]
+        returns, values = batch.returns[batch.mask], batch.values[batch.mask]
         row["explained_variance"] = 1 - (returns - values).var() / returns.var().clamp_min(1e-8)
     return {name: float(x) for name, x in row.items()}
 
 
-def speed(batch: Batch, clock: list[float]) -> dict[str, float]:
+def speed(tokens: float, clock: list[float], device: torch.device) -> dict[str, float]:
     """Seconds of the phases act, evaluate, learn; sampled tokens per second of the whole step; peak memory in GB."""
     act, evaluate, learn = (end - start for start, end in pairwise(clock))
     seconds = clock[-1] - clock[0]
@@ -40,8 +46,8 @@ def speed(batch: Batch, clock: list[float]) -> dict[str, float]:
         "seconds_act": act,
         "seconds_evaluate": evaluate,
         "seconds_learn": learn,
-        "tokens_per_second": int(batch.mask.sum()) / seconds,
-        "peak_memory_gb": peak_memory(batch.mask.device) / 1e9,
+        "tokens_per_second": tokens / seconds,
+        "peak_memory_gb": peak_memory(device) / 1e9,
     }
 
 

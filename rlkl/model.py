@@ -182,10 +182,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list
 
 def decode(tokenizer: PreTrainedTokenizerBase, batch: Batch) -> list[str]:
     """B replies as text, special tokens left out."""
-    return [
-        tokenizer.decode(ids[m], skip_special_tokens=True)
-        for ids, m in zip(batch.response_ids, batch.mask, strict=True)
-    ]
+    rows = zip(batch.response_ids.cpu(), batch.mask.cpu(), strict=True)
+    return [tokenizer.decode(ids[sampled], skip_special_tokens=True) for ids, sampled in rows]
 
 
 def left_pad(prompts: list[list[int]], pad_id: int, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:

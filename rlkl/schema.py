@@ -62,6 +62,8 @@ class Sampling:
     """longer prompts are dropped; by default what the model's context leaves"""
     temperature: PositiveFloat = 1.0
     """of sampling and of scoring alike"""
+    unanimous: Literal["keep", "drop"] = "keep"
+    """groups whose replies all score the same: kept in the update, or dropped before it"""
 
 
 @dataclass(config=STRICT)
@@ -189,6 +191,10 @@ class Config:
             raise ValueError(
                 f"optim.minibatch={self.optim.minibatch} is larger than the rollout of {rows} rows "
                 "(sampling.prompts * sampling.group_size)"
+            )
+        if self.sampling.unanimous == "drop" and self.sampling.group_size == 1:
+            raise ValueError(
+                "sampling.unanimous=drop would drop every group of 1: set sampling.group_size >= 2, or keep"
             )
         if self.kl_ref.coef > 0 and not self.model.reference:
             raise ValueError(

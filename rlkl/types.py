@@ -129,7 +129,7 @@ class Batch:
 
     def microbatches(self, max_tokens: int) -> Iterator[tuple[list[int], Batch]]:
         """Longest rows first, trimmed, at most `max_tokens` padded positions each (one row at least): (rows, batch)."""
-        prompts, replies = self.prompt_mask.sum(1).tolist(), self.attended.sum(1).tolist()
+        prompts, replies = (x.sum(1).clamp_min(1).tolist() for x in (self.prompt_mask, self.attended))
         rows, width = [], (0, 0)
         for i in sorted(range(len(self)), key=lambda i: -(prompts[i] + replies[i])):
             wider = (max(width[0], prompts[i]), max(width[1], replies[i]))

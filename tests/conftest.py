@@ -9,3 +9,9 @@ os.environ["WANDB_MODE"] = "offline"
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    """For tests/contract.py: check one loss or advantage of your own instead of every built-in one."""
+    for kind in ("loss", "advantage"):
+        parser.addoption(f"--{kind}", metavar="FILE.py:FUNCTION", help=f"the {kind} that tests/contract.py checks")

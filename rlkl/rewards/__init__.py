@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from rlkl.errors import UserError
@@ -21,7 +22,8 @@ def from_task(score: Callable[[Example, str], float | dict[str, float]]) -> Rewa
     def reward(examples: Sequence[Example], replies: Sequence[str], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         judged = [score(e, r) for e, r in zip(examples, replies, strict=True)]
         rows = [j if isinstance(j, dict) else {"score": j} for j in judged]
-        parts = {name: torch.tensor([float(r.get(name, 0.0)) for r in rows]) for name in rows[0]}
+        names = dict.fromkeys(name for r in rows for name in r)
+        parts = {name: torch.tensor([float(r.get(name, 0.0)) for r in rows]) for name in names}
         return torch.stack(list(parts.values())).sum(0), parts if len(parts) > 1 else {}
 
     return reward
@@ -31,7 +33,8 @@ def judge(
     reward: Reward, examples: Sequence[Example], replies: Sequence[str], batch: Batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(B,) scores and their named parts. UserError where the reward raises, or gives not one finite number a reply."""
-    name = getattr(reward, "__name__", None) or getattr(reward, "func", reward).__name__
+    function = getattr(reward, "func", reward)  # of a partial
+    name = getattr(function, "__name__", type(function).__name__)
     try:
         scores, parts = reward(examples, replies, batch)
         scores = torch.as_tensor(scores, dtype=torch.float32, device=batch.mask.device)
@@ -45,6 +48,16 @@ def judge(
             f"the reward {name} gave {scores[row].item()} for the reply {replies[row]!r} to {examples[row].prompt!r}"
         )
     return scores, parts
+
+
+def informative(scores: Tensor, group_size: int) -> Tensor:
+    """(B,) bool: the rows of groups whose scores differ (DAPO's dynamic sampling, arXiv:2503.14476, eq. 11).
+
+    A unanimous group has no advantage, yet costs a forward and a backward pass. All rows if every group is unanimous.
+    """
+    groups = rearrange(scores, "(n g) -> n g", g=group_size)
+    kept = repeat(groups.amax(1) != groups.amin(1), "n -> (n g)", g=group_size)
+    return kept if kept.any() else torch.ones_like(kept)
 
 
 def token_rewards(scores: Tensor, mask: Tensor) -> Tensor:

@@ -8,23 +8,27 @@ from rlkl.types import Example
 
 
 class Addition:
-    """All a + b with a, b < 10^digits; 1 in 10 is held out, together with its mirror image b + a."""
+    """All a + b with a, b < 10^digits; 1 in 10 is held out, together with its mirror image b + a.
+
+    Numbers are padded to one length, and the answer is written as one adds by hand, units first: 47+05= wants 25.
+    """
 
     def __init__(self, split: str, *, digits: int = 2) -> None:
-        size = 10**digits
-        pairs = ((a, b) for a in range(size) for b in range(size))
-        self.pairs = [
-            (a, b)
-            for a, b in pairs
-            if (zlib.crc32(f"{min(a, b)}+{max(a, b)}".encode()) % 10 == 0) == (split == "heldout")
-        ]
+        self.digits, numbers = digits, range(10**digits)
+        self.pairs = [(a, b) for a in numbers for b in numbers if held_out(a, b) == (split == "heldout")]
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Example:
         a, b = self.pairs[index]
-        return Example(f"{a}+{b}=", str(a + b))
+        return Example(f"{a:0{self.digits}}+{b:0{self.digits}}=", str(a + b)[::-1])
 
     def score(self, example: Example, reply: str) -> float:
+        """1 if the reply is the answer, else 0."""
         return float(reply == example.answer)
+
+
+def held_out(a: int, b: int) -> bool:
+    """One pair in ten, by a hash that does not see the order."""
+    return zlib.crc32(f"{min(a, b)}+{max(a, b)}".encode()) % 10 == 0

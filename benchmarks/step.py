@@ -1,0 +1,58 @@
+"""Where the time of a step goes, python -m benchmarks.step: medians over short runs of the tiny configs."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from rich.table import Table
+
+import train
+from rlkl import runs
+from rlkl.log import read_rows
+from rlkl.terminal import console
+
+CONFIGS = ("configs/tiny-grpo.yaml", "configs/tiny-ppo.yaml")
+COLUMNS = ("seconds", "seconds_act", "seconds_evaluate", "seconds_learn", "tokens_per_second", "peak_memory_gb")
+STEPS = 30
+
+
+def measure(config: str) -> dict[str, float]:
+    """Medians of the last two thirds of the steps: the first ones warm up."""
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [
+            config,
+            f"optim.steps={STEPS}",
+            "eval.every=0",
+            "eval.samples=1",
+            "eval.prompts=8",
+            "checkpoint.every=0",
+        ]
+        train.train(runs.configure([*argv, f"run={folder}/run"]), argv)
+        rows = read_rows(Path(folder) / "run" / "metrics.jsonl")[STEPS // 3 :]
+    return {name: statistics.median(row[name] for row in rows) for name in COLUMNS}
+
+
+def main() -> None:
+    results = {config: measure(config) for config in CONFIGS}
+    table = Table("config", *COLUMNS, title=f"medians of {STEPS - STEPS // 3} steps")
+    for config, row in results.items():
+        table.add_row(config, *(f"{row[name]:.3g}" for name in COLUMNS))
+    console.print(table)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    where = {"device": device, "threads": torch.get_num_threads(), "versions": versions}
+    Path("benchmarks/results/step.json").write_text(json.dumps({**where, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""KL estimators: value *and* gradient, both exact by enumerating a vocabulary in float64."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlkl.kl import KL, KL_LOSSES, KL_OLD_LOSSES, REFUSED, TRAPS, doubling, k1, k2, k3, proportional
+from rlkl.types import Batch, Evaluation
+
+V = 7
+P_NATS = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()
+Q_NATS = torch.tensor([0.3, 0.3, 0.3, 0.1], dtype=torch.float64).log()
+
+
+@pytest.fixture(params=range(3))
+def policies(request):
+    """Logits of pi (a leaf), log ref and log pi_old, over a vocabulary of 7, some way apart."""
+    g = torch.Generator().manual_seed(request.param)
+    logits = torch.randn(V, generator=g, dtype=torch.float64, requires_grad=True)
+    ref, old = torch.randn(2, V, generator=g, dtype=torch.float64).log_softmax(-1)
+    return logits, ref, old
+
+
+def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(P || Q) from log-probabilities: the definition."""
+    return (p.exp() * (p - q)).sum()
+
+
+def grad(x: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(x, leaf, retain_graph=True)[0]
+
+
+def enumerated(pi: torch.Tensor, **fields: torch.Tensor) -> tuple[Evaluation, Batch]:
+    """Every token of the vocabulary as one row with one token."""
+    ids, ones = torch.zeros(V, 1, dtype=torch.long), torch.ones(V, 1, dtype=torch.bool)
+    column = {name: x[:, None] for name, x in fields.items()}
+    batch = Batch(ids, ones, ids, ones, torch.zeros(V, 1), torch.zeros(V, dtype=torch.bool), **column)
+    return Evaluation(pi[:, None], torch.zeros(V, 1)), batch
+
+
+def close(a: torch.Tensor, b: torch.Tensor, atol: float = 1e-13) -> None:
+    torch.testing.assert_close(a, b, atol=atol, rtol=1e-12)
+
+
+# Values
+@pytest.mark.parametrize("estimator", [k1, k3])
+def test_k1_and_k3_are_unbiased(policies, estimator):
+    """E_pi[k] = KL(pi || ref)."""
+    logits, ref, _ = policies
+    pi = logits.log_softmax(-1)
+    close((pi.exp() * estimator(pi, ref)).sum(), kl(pi, ref))
+
+
+def test_k2_is_biased_by_a_third_order_term(policies):
+    """With ref = softmax(log pi + h·direction), (E[k2] - KL)/h³ is about constant: halving h divides the bias by 8."""
+    logits, ref, _ = policies
+    pi = logits.detach().log_softmax(-1)
+
+    def bias(h: float) -> float:
+        near = (pi + h * (ref - pi)).log_softmax(-1)
+        return float((pi.exp() * k2(pi, near)).sum() - kl(pi, near))
+
+    assert bias(2e-3) / bias(1e-3) == pytest.approx(8, rel=0.05)
+
+
+@pytest.mark.parametrize("estimator", [k2, k3])
+def test_k2_and_k3_are_never_negative_and_zero_only_where_equal(estimator):
+    x = torch.linspace(-30, 30, 601, dtype=torch.float64)
+    values = estimator(x, torch.zeros_like(x))
+    assert (values[x != 0] > 0).all()
+    assert estimator(x, x).eq(0).all()
+
+
+def test_the_reference_example_in_nats():
+    """P = [.4 .3 .2 .1], Q = [.3 .3 .3 .1]: KL(P||Q) = 0.03398, KL(Q||P) = 0.03533 nats, by k1 and by k3."""
+    for estimator in (k1, k3):
+        forward = (P_NATS.exp() * estimator(P_NATS, Q_NATS)).sum()
+        backward = (Q_NATS.exp() * estimator(Q_NATS, P_NATS)).sum()
+        assert float(forward) == pytest.approx(0.033979807359, abs=5e-13)
+        assert float(backward) == pytest.approx(0.035334910697, abs=5e-13)
+        assert float(forward + backward) == pytest.approx(0.1 * math.log(2), abs=1e-14)
+    assert float((P_NATS.exp() * k2(P_NATS, Q_NATS)).sum()) == pytest.approx(0.032992390351, abs=5e-13)
+
+
+def test_the_spread_of_the_reference_example():
+    """Standard deviations under P of k1, k2 and k3: k1 is the noisy one."""
+    p = P_NATS.exp()
+    for estimator, std in ((k1, 0.254618), (k2, 0.030787), (k3, 0.034651)):
+        x = estimator(P_NATS, Q_NATS)
+        assert float(((p * x.square()).sum() - (p * x).sum().square()).sqrt()) == pytest.approx(std, abs=5e-7)
+
+
+# Gradients, as losses on samples of pi: E_pi[∇ k], the weights pi not differentiated
+def expected_gradient(estimator, logits: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
+    pi = logits.log_softmax(-1)
+    return grad((pi.exp().detach() * estimator(pi, ref)).sum(), logits)
+
+
+def test_k1_as_a_loss_has_zero_expected_gradient(policies):
+    logits, ref, _ = policies
+    close(expected_gradient(k1, logits, ref), torch.zeros(V, dtype=torch.float64))
+    assert ("loss", "k1") in REFUSED
+    assert "k1" not in KL_LOSSES
+
+
+def test_k2_as_a_loss_has_the_gradient_of_the_reverse_kl(policies):
+    logits, ref, _ = policies
+    close(expected_gradient(k2, logits, ref), grad(kl(logits.log_softmax(-1), ref), logits))
+
+
+def test_k3_as_a_loss_has_the_gradient_of_the_forward_kl(policies):
+    """∇ KL(ref || pi), which is not ∇ KL(pi || ref)."""
+    logits, ref, _ = policies
+    close(expected_gradient(k3, logits, ref), grad(kl(ref, logits.log_softmax(-1)), logits))
+    assert (expected_gradient(k3, logits, ref) - grad(kl(logits.log_softmax(-1), ref), logits)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [("k2", lambda pi, ref: kl(pi, ref)), ("k3", lambda pi, ref: kl(ref, pi))], ids=["k2", "k3"]
+)
+def test_reference_loss_terms_have_the_gradient_they_state(policies, name, target):
+    logits, ref, _ = policies
+    pi = logits.log_softmax(-1)
+    new, batch = enumerated(pi, ref_logprobs=ref, old_logprobs=pi.detach())
+    term = KL_LOSSES[name](new, batch)
+    close(grad((pi.exp().detach()[:, None] * term).sum(), logits), grad(target(pi, ref), logits))
+
+
+def test_old_k3_has_the_value_and_the_gradient_of_kl_old_pi_on_samples_of_old(policies):
+    """E_old[w - 1 - log w] = KL(pi_old || pi), and so its gradient; pi_old is far from pi, not only to first order."""
+    logits, _, old = policies
+    pi = logits.log_softmax(-1)
+    new, batch = enumerated(pi, old_logprobs=old, ref_logprobs=torch.full((V,), 99.0, dtype=torch.float64))
+    expected = (old.exp()[:, None] * KL_OLD_LOSSES["k3"](new, batch)).sum()
+    close(expected, kl(old, pi))
+    close(grad(expected, logits), grad(kl(old, pi), logits))
+
+
+def test_old_k2_agrees_with_kl_old_pi_to_second_order(policies):
+    """At pi_old + h·d: value ½h²·Fisher and gradient h·Fisher, as KL(pi_old || pi), up to a relative O(h)."""
+    logits, ref, _ = policies
+    old, h = logits.detach().log_softmax(-1), 1e-4
+    moved = (old + h * ref).requires_grad_()
+    pi = moved.log_softmax(-1)
+    new, batch = enumerated(pi, old_logprobs=old)
+    expected, exact = (old.exp()[:, None] * KL_OLD_LOSSES["k2"](new, batch)).sum(), kl(old, pi)
+    assert float((expected / exact).detach()) == pytest.approx(1, abs=20 * h)
+    assert float((grad(expected, moved) - grad(exact, moved)).norm() / grad(exact, moved).norm()) < 20 * h
+
+
+@pytest.mark.parametrize("terms", [KL_LOSSES, KL_OLD_LOSSES], ids=["ref", "old"])
+def test_loss_terms_vanish_with_their_gradient_where_the_policies_are_equal(policies, terms):
+    logits, _, _ = policies
+    pi = logits.log_softmax(-1)
+    new, batch = enumerated(pi, old_logprobs=pi.detach(), ref_logprobs=pi.detach())
+    for term in terms.values():
+        assert term(new, batch).eq(0).all()
+        assert grad(term(new, batch).sum(), logits).abs().max() < 1e-15
+
+
+def test_loss_terms_read_the_policy_they_are_named_after(policies):
+    """A reference that differs leaves kl_old alone, a pi_old that differs leaves kl_ref alone."""
+    logits, ref, old = policies
+    pi = logits.log_softmax(-1).detach()
+    at_ref = enumerated(pi, old_logprobs=old, ref_logprobs=pi)
+    at_old = enumerated(pi, old_logprobs=pi, ref_logprobs=ref)
+    for name in ("k2", "k3"):
+        assert KL_LOSSES[name](*at_ref).eq(0).all()
+        assert KL_OLD_LOSSES[name](*at_old).eq(0).all()
+        assert KL_LOSSES[name](*at_old).gt(0).all()
+        assert KL_OLD_LOSSES[name](*at_ref).gt(0).all()
+
+
+def test_signatures():
+    """A number takes two tensors of log-probs, a loss term an evaluation and a batch; each keeps the shape."""
+    x = torch.randn(3, 5)
+    for f in KL.values():
+        assert list(inspect.signature(f).parameters) == ["logprobs", "ref_logprobs"]
+        assert f(x, -x).shape == x.shape
+    for f in (*KL_LOSSES.values(), *KL_OLD_LOSSES.values()):
+        assert list(inspect.signature(f).parameters) == ["new", "batch"]
+    assert set(KL_LOSSES) | {name for place, name in REFUSED if place == "loss"} == set(KL)
+    assert not set(REFUSED) & set(TRAPS)
+    assert ("reward", "k1") not in TRAPS  # the default
+    assert {("reward", "k2"), ("reward", "k3")} <= set(TRAPS)
+
+
+# Extremes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("u", [-1e4, -100.0, -20.5, 20.5, 100.0, 1e4])
+def test_extreme_log_ratios_stay_finite_in_value_and_gradient(u, dtype):
+    for estimator in KL.values():
+        logprobs = torch.tensor(u, dtype=dtype, requires_grad=True)
+        value = estimator(logprobs, torch.zeros((), dtype=dtype))
+        assert value.isfinite()
+        assert grad(value, logprobs).isfinite()
+
+
+def test_k3_at_the_clamp():
+    """Within ±20 it is the formula to the last digits; beyond, the exponential stops growing."""
+    for u in (-20.0, -3.0, 1e-6, 3.0, 20.0):
+        got = k3(torch.tensor(u, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
+        assert float(got) == pytest.approx(math.expm1(-u) + u, rel=1e-12, abs=0)
+    zero = torch.zeros((), dtype=torch.float64)
+    assert float(k3(zero - 500, zero)) <= math.expm1(20)
+    assert float(k3(zero + 500, zero)) == pytest.approx(499, abs=1e-8)  # pi >> ref: u - 1, not clamped away
+
+
+def test_k3_of_tiny_log_ratios_is_exact_in_float32():
+    """exp(x) - 1 - x cancels: at x = 1e-3 the naive formula is off by percents in float32."""
+    x = torch.tensor(1e-3)
+    assert float(k3(-x, torch.zeros(()))) == pytest.approx(5.001667e-7, rel=2e-3)
+
+
+# beyond the clamp the gradient has the wrong sign.
+@pytest.mark.parametrize("u", [-500.0, -21.0, -19.0, -1.0, 1.0, 19.0, 21.0, 500.0])
+def test_the_gradient_of_k3_never_pushes_away_from_the_reference(u):
+    """∂k3/∂log pi = 1 - exp(-u) has the sign of u; where pi << ref, descent must not lower log pi still further."""
+    logprobs = torch.tensor(u, dtype=torch.float64, requires_grad=True)
+    slope = grad(k3(logprobs, torch.zeros((), dtype=torch.float64)), logprobs)
+    assert float(slope) * u >= 0
+
+
+# Controllers
+def test_proportional_to_the_digit():
+    """coef (1 + clip(kl/target - 1, ±.2) rows/horizon): inside the clip, at it and beyond it."""
+    for kl_seq, factor in ((6.0, 1.0), (6.6, 1.1), (5.4, 0.9), (7.2, 1.2), (4.8, 0.8), (1e9, 1.2), (0.0, 0.8)):
+        assert proportional(0.15, 6.0, kl_seq, rows=1000, horizon=1000) == pytest.approx(0.15 * factor, rel=1e-12)
+    assert proportional(0.15, 6.0, 60.0, rows=512, horizon=10000) == pytest.approx(0.15 * 1.01024, rel=1e-12)
+    assert proportional(0.15, 6.0, -60.0, rows=512, horizon=10000) == pytest.approx(0.15 * 0.98976, rel=1e-12)
+
+
+def test_doubling_to_the_digit():
+    """Half below target/1.5, double above 1.5 target, unchanged between, both ends included."""
+    target = 0.03
+    for kl_tok, coef in ((0.0199, 1.0), (0.02, 2.0), (0.03, 2.0), (0.045, 2.0), (0.0451, 4.0), (0.0, 1.0), (9.0, 4.0)):
+        assert doubling(2.0, target, kl_tok) == coef
+    assert doubling(2.0, target, -1.0) == 1.0
+
+
+def test_without_a_target_a_coefficient_stays():
+    assert proportional(0.3, None, 99.0, rows=8, horizon=10) == 0.3
+    assert doubling(0.3, None, 99.0) == 0.3
+
+
+@settings(deadline=None, max_examples=60)
+@given(coef=st.floats(1e-6, 10), target=st.floats(1e-3, 100), measured=st.floats(-10, 1000), rows=st.integers(1, 4096))
+def test_controllers_move_towards_the_target_and_keep_the_sign(coef, target, measured, rows):
+    for after in (proportional(coef, target, measured, rows=rows, horizon=10000), doubling(coef, target, measured)):
+        assert after > 0
+        assert after <= coef if measured < target else after >= coef

@@ -1,0 +1,316 @@
+"""Policy objectives: what the clip does to value and gradient, and weights that no way of cutting can change."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlkl.losses import (
+    LOSSES,
+    clipped_surrogate,
+    clipped_tokens,
+    clipped_value_loss,
+    grpo,
+    importance_ratio,
+    ppo,
+    surrogate,
+    token_weights,
+)
+from rlkl.types import Batch, Evaluation
+
+B, T = 3, 5
+F64 = torch.float64
+
+
+def near(seed: int = 0, sigma: float = 0.3) -> tuple[Evaluation, Batch]:
+    """A float64 evaluation with leaves, and a filled batch whose pi_old is `sigma` nats away; replies of 5, 1, 3."""
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.arange(T) < torch.tensor([[5], [1], [3]])
+
+    def normal() -> torch.Tensor:
+        return torch.randn(B, T, generator=g, dtype=F64)
+
+    ids, old = torch.zeros(B, T, dtype=torch.long), -normal().abs()
+    batch = Batch(ids, mask, ids, mask, old, torch.zeros(B, dtype=torch.bool), old_logprobs=old, ref_logprobs=normal())
+    batch.values, batch.returns, batch.advantages = normal(), normal(), normal()
+    leaves = (old + sigma * normal(), normal().abs(), batch.values + sigma * normal())
+    new = Evaluation(*(x.masked_fill(~mask, 0.0).requires_grad_() for x in leaves))
+    return new, batch
+
+
+def slope(ratio: float, advantage: float, low: float, high: float) -> tuple[float, float]:
+    """(objective, d objective / d ratio) of one token at this ratio; the loss is minus the objective."""
+    w = torch.tensor(ratio, dtype=F64, requires_grad=True)
+    loss, shown = clipped_surrogate(w.log(), torch.zeros((), dtype=F64), torch.tensor(advantage, dtype=F64), low, high)
+    assert float(shown.detach()) == pytest.approx(ratio, rel=1e-14)
+    (g,) = torch.autograd.grad(-loss, w)
+    return float(-loss.detach()), float(g)
+
+
+# The clip
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "objective", "derivative"),
+    [
+        (1.5, 1.0, 1.2, 0.0),
+        (0.5, 1.0, 0.5, 1.0),
+        (1.5, -1.0, -1.5, -1.0),
+        (0.5, -1.0, -0.8, 0.0),
+        (4.0, -1.0, -4.0, -1.0),
+        (1.25, 1.0, 1.2, 0.0),
+        (1.1, 2.0, 2.2, 2.0),
+        (0.9, -2.0, -1.8, -2.0),
+        (1.3, 0.0, 0.0, 0.0),
+    ],
+)
+def test_the_clip_truth_table(ratio, advantage, objective, derivative):
+    """Objective and derivative in the ratio at ε = 0.2: dead only past the clip in the direction A asks for."""
+    value, g = slope(ratio, advantage, 0.2, 0.2)
+    assert value == pytest.approx(objective, abs=1e-12)
+    assert g == pytest.approx(derivative, abs=1e-12)
+
+
+def test_a_dead_gradient_is_exactly_zero():
+    assert slope(1.2000001, 1.0, 0.2, 0.2)[1] == 0
+    assert slope(0.7999999, -1.0, 0.2, 0.2)[1] == 0
+
+
+def test_clip_high_widens_the_upper_side_only():
+    """ε_high = .28: w = 1.25 with A > 0 is alive, w = 1.3 is not; the lower side stays at 0.8."""
+    assert slope(1.25, 1.0, 0.2, 0.28) == pytest.approx((1.25, 1.0))
+    assert slope(1.3, 1.0, 0.2, 0.28) == pytest.approx((1.28, 0.0))
+    assert slope(0.75, -1.0, 0.2, 0.28) == pytest.approx((-0.8, 0.0))
+    assert slope(0.75, -1.0, 0.28, 0.2) == pytest.approx((-0.75, -1.0))
+
+
+def test_grpo_hands_clip_high_to_the_upper_side():
+    ratios = torch.tensor([[1.25, 0.75]], dtype=F64)
+    ones = torch.ones(1, 2, dtype=torch.bool)
+    batch = Batch(ones.long(), ones, ones.long(), ones, 0 * ratios, torch.zeros(1, dtype=torch.bool))
+    batch.old_logprobs, batch.advantages = 0 * ratios, torch.tensor([[1.0, -1.0]], dtype=F64)
+    new = Evaluation(ratios.log(), 0 * ratios)
+    for options, expected in (
+        ({}, [-1.2, 0.8]),
+        ({"clip_high": 0.28}, [-1.25, 0.8]),
+        ({"clip": 0.3, "clip_high": 0.2}, [-1.2, 0.75]),
+        ({"clip": 0.1, "clip_high": 0.0}, [-1.0, 0.9]),  # 0 is a clip, not "none given"
+    ):
+        per_token, stats = grpo(new, batch, **options)
+        assert per_token[0].tolist() == pytest.approx(expected, abs=1e-12)
+        dead = [float(e != -w * a) for e, w, a in zip(expected, (1.25, 0.75), (1.0, -1.0), strict=True)]
+        assert stats["clip_fraction"][0].tolist() == dead
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_at_ratio_one_the_policy_gradient_is_minus_the_advantage(loss):
+    """Every trust region starts as REINFORCE."""
+    new, batch = near()
+    new = new._replace(logprobs=batch.old_logprobs.clone().requires_grad_())
+    per_token, _ = loss(new, batch)
+    (g,) = torch.autograd.grad(per_token.sum(), new.logprobs)
+    torch.testing.assert_close(g, -batch.advantages, atol=1e-15, rtol=0)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    ratios=st.lists(st.floats(0.3, 3.0), min_size=8, max_size=8),
+    advantages=st.lists(st.sampled_from([-2.0, -1.0, 0.0, 1.0, 3.0]), min_size=8, max_size=8),
+    low=st.floats(0.05, 0.4),
+    high=st.floats(0.05, 0.9),
+)
+def test_clipped_tokens_are_those_whose_gradient_the_clip_killed(ratios, advantages, low, high):
+    """As autograd sees it: A is not zero, and yet the gradient is."""
+    x = torch.tensor(ratios, dtype=F64).log().requires_grad_()
+    a = torch.tensor(advantages, dtype=F64)
+    loss, ratio = clipped_surrogate(x, torch.zeros_like(x), a, low, high)
+    (g,) = torch.autograd.grad(loss.sum(), x)
+    assert clipped_tokens(ratio.detach(), a, low, high).tolist() == ((g == 0) & (a != 0)).double().tolist()
+
+
+def test_the_log_ratio_is_clamped_at_20_nats():
+    """One broken token, even an infinite one, cannot overflow; up to 20 nats the ratio is untouched."""
+    for nats, ratio in ((19.0, math.exp(19)), (25.0, math.exp(20)), (1e6, math.exp(20)), (-300.0, math.exp(-20))):
+        assert float(importance_ratio(torch.tensor(nats), torch.tensor(0.0))) == pytest.approx(ratio, rel=1e-5)
+    broken = torch.tensor([1e4, -1e4, 90.0], requires_grad=True)
+    for advantage in (1.0, -1.0):
+        loss, _ = clipped_surrogate(broken, torch.zeros(3), torch.full((3,), advantage), 0.2, 0.2)
+        (g,) = torch.autograd.grad(loss.sum(), broken)
+        assert loss.isfinite().all()
+        assert g.isfinite().all()
+
+
+def test_surrogate_is_not_clipped():
+    new, batch = near(sigma=3.0)
+    per_token, stats = surrogate(new, batch)
+    expected = -(new.logprobs - batch.old_logprobs).exp() * batch.advantages
+    torch.testing.assert_close(per_token[batch.mask], expected[batch.mask])
+    assert "clip_fraction" not in stats
+
+
+# The value loss
+@pytest.mark.parametrize(
+    ("value", "old", "target", "loss", "derivative"),
+    [
+        (1.1, 1.0, 2.0, 0.405, -0.9),  # inside the clip: (V - R)²/2
+        (1.5, 1.0, 2.0, 0.32, 0.0),  # moved too far towards R: the clipped one, (1.2 - 2)²/2, and no gradient
+        (0.5, 1.0, 2.0, 1.125, -1.5),  # moved away from R: the true one, so it is pulled back
+        (2.5, 1.0, 2.0, 0.32, 0.0),  # past R, but nearer to it than the clipped one: still dead
+        (3.5, 1.0, 2.0, 1.125, 1.5),  # past R, and further away than the clipped one: pulled back
+        (0.5, 1.0, 0.0, 0.32, 0.0),  # the lower side
+        (1.0, 1.0, 1.0, 0.0, 0.0),
+    ],
+)
+def test_the_clipped_value_loss_by_cases(value, old, target, loss, derivative):
+    """ε_v = 0.2. The larger of the two squares: a pessimistic bound, dead where the move has been made already."""
+    v = torch.tensor(value, dtype=F64, requires_grad=True)
+    got = clipped_value_loss(v, torch.tensor(old, dtype=F64), torch.tensor(target, dtype=F64), 0.2)
+    assert float(got.detach()) == pytest.approx(loss, abs=1e-12)
+    assert float(torch.autograd.grad(got, v)[0]) == pytest.approx(derivative, abs=1e-12)
+
+
+# Every entry
+def call(loss, new: Evaluation, batch: Batch) -> torch.Tensor:
+    return loss(new, batch)[0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_gradcheck(loss, seed):
+    """Autograd equals finite differences in log-probs, entropy and values, clipped tokens among them."""
+    new, batch = near(seed, sigma=0.6)
+    options = {"entropy_coef": 0.3}
+
+    def f(logprobs: torch.Tensor, entropy: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return loss(Evaluation(logprobs, entropy, values), batch, **options)[0][batch.mask]
+
+    assert torch.autograd.gradcheck(f, (new.logprobs, new.entropy, new.values))
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_an_entropy_coefficient_pushes_entropy_up_by_exactly_that(loss):
+    """∂loss/∂H = -entropy_coef on each token; 0 by default."""
+    for options, expected in (({"entropy_coef": 0.25}, -0.25), ({}, 0.0)):
+        new, batch = near()
+        per_token, _ = loss(new, batch, **options)
+        (g,) = torch.autograd.grad(per_token[batch.mask].sum(), new.entropy)
+        assert g[batch.mask].eq(expected).all()
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("scale", [0.5, 4.0])
+def test_the_policy_term_is_positively_homogeneous_in_the_advantage(loss, scale):
+    """So that a truncated importance weight may be folded into A."""
+    new, batch = near(sigma=0.6)
+    options = {"value_coef": 0.0} if "value_coef" in inspect.signature(loss).parameters else {}
+    before = call(loss, new, batch) if not options else loss(new, batch, **options)[0]
+    batch.advantages = scale * batch.advantages
+    torch.testing.assert_close(loss(new, batch, **options)[0], scale * before, atol=1e-14, rtol=0)
+
+
+def test_ppo_is_policy_plus_value_minus_entropy():
+    new, batch = near(sigma=0.6)
+    per_token, stats = ppo(new, batch, clip=0.1, value_coef=0.7, value_clip=0.3, entropy_coef=0.2)
+    policy, ratio = clipped_surrogate(new.logprobs, batch.old_logprobs, batch.advantages, 0.1, 0.1)
+    value = clipped_value_loss(new.values, batch.values, batch.returns, 0.3)
+    torch.testing.assert_close(per_token, policy + 0.7 * value - 0.2 * new.entropy)
+    for name, x in (("policy_loss", policy), ("value_loss", value), ("ratio", ratio)):
+        assert torch.equal(stats[name], x), name
+
+
+@pytest.mark.parametrize("missing", ["new.values", "batch.values", "batch.returns"])
+def test_ppo_without_a_critic_says_what_to_set(missing):
+    new, batch = near()
+    where, name = missing.split(".")
+    if where == "new":
+        new = new._replace(**{name: None})
+    else:
+        setattr(batch, name, None)
+    with pytest.raises(ValueError, match=r"model\.critic"):
+        ppo(new, batch)
+
+
+@pytest.mark.parametrize("name", [n for n in LOSSES if n != "ppo"])
+def test_other_losses_need_no_critic_and_train_none(name):
+    new, batch = near()
+    batch.values = batch.returns = None
+    per_token, _ = LOSSES[name](new._replace(values=None), batch)
+    assert per_token.shape == batch.mask.shape
+
+
+# Weights
+EXAMPLE = torch.tensor([[1.0, 99.0, 99.0], [2.0, 4.0, 6.0]], dtype=F64)  # replies of one and three tokens
+EXAMPLE_MASK = torch.tensor([[1, 0, 0], [1, 1, 1]], dtype=torch.bool)
+HOW = ("token", "sequence", "constant")
+
+
+def reduced(per_token: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> float:
+    return float((weights * per_token)[mask].sum())
+
+
+@pytest.mark.parametrize(("how", "loss"), [("sequence", 2.5), ("token", 3.25), ("constant", 1.625)])
+def test_the_three_ways_to_weigh_tokens(how, loss):
+    """Losses [1] and [2 4 6]: mean of row means, mean of tokens, sum over 2 rows × L = 4."""
+    weights = token_weights(EXAMPLE_MASK, how, max_tokens=4)
+    assert reduced(EXAMPLE, weights, EXAMPLE_MASK) == pytest.approx(loss, abs=1e-14)
+
+
+masks = st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=7)
+
+
+@pytest.mark.parametrize("how", HOW)
+@settings(deadline=None, max_examples=50)
+@given(rows=masks, cut=st.integers(0, 6), seed=st.integers(0, 99))
+def test_no_cut_into_micro_batches_changes_the_loss(how, rows, cut, seed):
+    """Weights of the whole step, used piece by piece — or made piece by piece with the step's totals — are the same."""
+    mask = torch.tensor(rows, dtype=torch.bool)
+    losses = torch.randn(mask.shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    whole = token_weights(mask, how, 5)
+    totals = (int(mask.any(1).sum()), int(mask.sum()))
+    order = torch.randperm(len(mask), generator=torch.Generator().manual_seed(seed))
+    pieces = [order[:cut], order[cut:]]
+    for piece in pieces:
+        assert torch.equal(token_weights(mask[piece], how, 5, totals=totals), whole[piece])
+    total = sum(reduced(losses[p], whole[p], mask[p]) for p in pieces)
+    assert total == pytest.approx(reduced(losses, whole, mask), abs=1e-12)
+
+
+@pytest.mark.parametrize("how", HOW)
+@settings(deadline=None, max_examples=50)
+@given(rows=masks)
+def test_weights_are_zero_behind_the_mask_and_sum_to_what_they_should(how, rows):
+    """token and sequence are means: they sum to 1; sequence gives each reply with a token the same share."""
+    mask = torch.tensor(rows, dtype=torch.bool)
+    weights = token_weights(mask, how, 5)
+    assert weights.shape == mask.shape
+    assert weights.isfinite().all()
+    assert weights[~mask].eq(0).all()
+    assert weights[mask].gt(0).all()
+    some = mask.any(1)
+    if not some.any():
+        return
+    if how == "sequence":
+        assert weights.sum(1)[some].tolist() == pytest.approx([1 / int(some.sum())] * int(some.sum()))
+    else:
+        assert weights[mask].unique().numel() == 1
+        assert float(weights.sum()) == pytest.approx(1 if how == "token" else int(mask.sum()) / int(some.sum()) / 5)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_rows_without_a_token_do_not_count(how):
+    """As after truncation = mask: they leave numerator and denominator."""
+    padded = torch.cat([EXAMPLE_MASK, torch.zeros(3, 3, dtype=torch.bool)])
+    assert torch.equal(token_weights(padded, how, 4)[:2], token_weights(EXAMPLE_MASK, how, 4))
+    assert token_weights(torch.zeros(2, 3, dtype=torch.bool), how, 4).eq(0).all()
+
+
+def test_extra_padding_columns_do_not_change_weights():
+    wide = torch.cat([EXAMPLE_MASK, torch.zeros(2, 9, dtype=torch.bool)], 1)
+    for how in HOW:
+        assert torch.equal(token_weights(wide, how, 4)[:, :3], token_weights(EXAMPLE_MASK, how, 4))
+
+
+def test_an_unknown_way_names_the_choices():
+    with pytest.raises(ValueError, match=r"'mean': choose token, sequence or constant"):
+        token_weights(EXAMPLE_MASK, "mean", 4)
