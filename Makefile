@@ -31,8 +31,7 @@ train: $(BIN)/.run  ## train the tiny model by reinforcement learning: about 3 m
 test: $(BIN)/.dev  ## the tests
 	@$(TEST) $(BIN)/python -m pytest
 
-check: $(BIN)/.dev  ## formatting, lint and types
-	@$(BIN)/ruff format --check .
+check: $(BIN)/.dev  ## lint and types
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from rlkl import checkpoint, kl, model, report, runs
 from rlkl.build import Parts, build, pick_device
@@ -31,7 +31,7 @@ from rlkl.rollout.sample import draw_uniforms
 from rlkl.schema import Config
 from rlkl.seeds import draw, generator, stream
 from rlkl.terminal import Interrupt, before_and_after, console, progress, show, usage
-from rlkl.types import Batch, Evaluation
+from rlkl.types import Batch
 
 
 @dataclass
@@ -92,57 +92,36 @@ def training_step(cfg: Config, parts: Parts, state: State) -> tuple[dict[str, fl
     row |= credited(batch) | meters.row() | learned | speed(row["tokens"], clock, batch.mask.device)
     row |= {"kl_ref_coef": state.kl_ref_coef, "kl_old_coef": state.kl_old_coef}
     if "kl_pi_ref_tok" in row:
-        row["kl_pi_ref_seq"] = row["kl_pi_ref_tok"] * int(batch.mask.sum()) / len(batch)  # Σ / tokens · tokens / rows
-        state.kl_ref_coef = kl.proportional(
-            state.kl_ref_coef, cfg.kl_ref.target, row["kl_pi_ref_seq"], len(batch), cfg.kl_ref.horizon
-        )
+        row["kl_pi_ref_seq"] = seq = row["kl_pi_ref_tok"] * int(batch.mask.sum()) / len(batch)
+        if (target := cfg.kl_ref.target) is not None:
+            state.kl_ref_coef = kl.proportional(state.kl_ref_coef, target, seq, len(batch), cfg.kl_ref.horizon)
     return row, sample
 
 
-@torch.no_grad()
 def evaluate(cfg: Config, parts: Parts, state: State, batch: Batch) -> Tensor | None:
     """Fill in old_logprobs, values and ref_logprobs; returns V after the last token, (B,), None without a critic.
 
     With one update per rollout and nothing that reads it earlier, pi_old is the pi of that update: not scored here.
     """
+    if parts.reference is not None:
+        batch.ref_logprobs = parts.reference.score(batch, cfg.optim.micro_tokens).logprobs
     several = cfg.optim.epochs > 1 or (cfg.optim.minibatch or len(batch)) < len(batch)
     in_reward = state.kl_ref_coef > 0 and cfg.kl_ref.place == "reward"
-    needs_old = several or in_reward or parts.policy.critic is not None
-    scored: dict[str, Tensor] = {}
-    for rows, micro in batch.microbatches(cfg.optim.micro_tokens):
-        found = {}
-        if needs_old:
-            old = parts.policy.evaluate(micro)
-            found = {
-                "old_logprobs": old.logprobs,
-                "old_entropy": old.entropy,
-                "values": old.values,
-                "last_values": old.last_values,
-            }
-        if parts.reference is not None:
-            found["ref_logprobs"] = parts.reference.evaluate(micro).logprobs
-        for name, x in found.items():
-            if x is not None:
-                full = scored.setdefault(name, x.new_zeros(batch.mask.shape[: x.dim()]))
-                full[(rows, slice(x.shape[1])) if x.dim() == 2 else rows] = x
-    last_values = scored.pop("last_values", None)
-    for name, x in scored.items():
-        setattr(batch, name, x)
-    return last_values
+    if not (several or in_reward or parts.policy.critic is not None):
+        return None
+    old = parts.policy.score(batch, cfg.optim.micro_tokens)
+    batch.old_logprobs, batch.old_entropy, batch.values = old.logprobs, old.entropy, old.values
+    return old.last_values
 
 
-def learn(
-    cfg: Config, parts: Parts, state: State, batch: Batch, rng: torch.Generator, meters: Meters
-) -> dict[str, float]:
+def learn(cfg: Config, parts: Parts, state: State, batch: Batch, rng: Generator, meters: Meters) -> dict[str, float]:
     """Epochs of minibatches, one update each. Returns gradient norms, learning rate and counts."""
     scale = lr_scale(state.step, cfg.optim.steps, cfg.optim.warmup, cfg.optim.schedule)
     frozen = ("policy",) if state.step < cfg.optim.critic_warmup else ()
-    row = {"lr": cfg.optim.lr * scale, "updates": 0.0, "skipped": 0.0}
+    row, drift = {"lr": cfg.optim.lr * scale, "updates": 0.0, "skipped": 0.0}, 0.0
     norms: dict[str, list[float]] = defaultdict(list)
-    drift = 0.0
-    for mini in (
-        m for _ in range(cfg.optim.epochs) for m in batch.shuffle(rng).split(cfg.optim.minibatch or len(batch))
-    ):
+    shuffled = (batch.shuffle(rng) for _ in range(cfg.optim.epochs))
+    for mini in (m for epoch in shuffled for m in epoch.split(cfg.optim.minibatch or len(batch))):
         loss, drift = backward(cfg, parts, state, mini, meters)
         if cfg.kl_old.stop is not None and drift > cfg.kl_old.stop:
             parts.optimizer.zero()
@@ -152,12 +131,8 @@ def learn(
         row["updates" if found else "skipped"] += 1
         for name, norm in found.items():
             norms[name].append(norm)
-        if state.skips == cfg.optim.max_skips:
-            raise UserError(
-                f"{state.skips} updates in a row had a loss or a gradient that is not finite: try a smaller "
-                "optim.lr, a longer optim.warmup, a smaller loss.clip, or model.dtype=float32"
-            )
-    state.kl_old_coef = kl.doubling(state.kl_old_coef, cfg.kl_old.target, drift)  # as it was before the last update
+    if cfg.kl_old.target is not None:
+        state.kl_old_coef = kl.doubling(state.kl_old_coef, cfg.kl_old.target, drift)  # as it was before the last update
     return row | {f"grad_norm/{name}": sum(x) / len(x) for name, x in norms.items()}
 
 
@@ -177,23 +152,18 @@ def backward(cfg: Config, parts: Parts, state: State, mini: Batch, meters: Meter
             per_token = per_token + state.kl_old_coef * parts.kl_old(new, micro)
         loss = (micro.weights * per_token)[micro.mask].sum()
         loss.backward()
-        stats = {**stats, **distances(new, micro)}
-        meters.add(micro.mask, stats)
-        total, drift = total + loss.item(), drift + stats["kl_old_pi"][micro.mask].sum().item() / tokens
+        moved = distances(new.logprobs.detach(), micro)
+        meters.add(micro.mask, {**stats, **moved, "entropy": new.entropy})
+        total, drift = total + loss.item(), drift + moved["kl_old_pi"][micro.mask].sum().item() / tokens
     return total, drift
 
 
-def distances(new: Evaluation, micro: Batch) -> dict[str, Tensor]:
+def distances(logprobs: Tensor, micro: Batch) -> dict[str, Tensor]:
     """(B, T) meters of how far policies are apart: pi from pi_old, pi_old from the reference and from the sampler."""
     old, gap = micro.old_logprobs, (micro.old_logprobs - micro.sampler_logprobs).abs()
-    stats = {
-        "entropy": new.entropy,
-        "kl_old_pi": kl.k3(old, new.logprobs.detach()),
-        "sampler_gap": gap,
-        "sampler_gap_max": gap,
-        "ratio_max": importance_ratio(new.logprobs.detach(), old),
-    }
-    return stats if micro.ref_logprobs is None else stats | {"kl_pi_ref_tok": kl.k1(old, micro.ref_logprobs)}
+    far = {"kl_old_pi": kl.k3(old, logprobs), "ratio_max": importance_ratio(logprobs, old)}
+    far |= {"sampler_gap": gap, "sampler_gap_max": gap}
+    return far if micro.ref_logprobs is None else far | {"kl_pi_ref_tok": kl.k1(old, micro.ref_logprobs)}
 
 
 def train(cfg: Config, argv: list[str]) -> Path:
@@ -219,20 +189,21 @@ def train(cfg: Config, argv: list[str]) -> Path:
     with Interrupt() as interrupt, progress(state.step, cfg.optim.steps) as advance:
         while state.step < cfg.optim.steps and not interrupt.asked:
             try:
+                give_up(cfg, state)
                 row, sample = training_step(cfg, parts, state)
             except UserError as error:
-                raise UserError(
-                    f"{error}; step {state.step} is kept: resume={save().parent.parent} continues"
-                ) from error
+                save()
+                raise UserError(f"{error}; step {state.step} is kept: resume={folder} continues") from error
             state.step += 1
+            keep = bool(cfg.checkpoint.every) and state.step % cfg.checkpoint.every == 0
             if cfg.eval.every and state.step % cfg.eval.every == 0:
                 row |= {f"heldout/{name}": x for name, x in measure(samples=1).items()}
                 if row["heldout/accuracy"] > state.best_accuracy:
-                    state.best_accuracy, state.best_step = row["heldout/accuracy"], state.step
+                    state.best_accuracy, state.best_step, keep = row["heldout/accuracy"], state.step, True
             log.write({"step": state.step, **row}, sample)
             if state.step % cfg.log.every == 0 or state.step == 1:
                 show(state.step, row, sample)
-            if cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0:
+            if keep:
                 save()
             advance(state.step)
     log.close()
@@ -242,11 +213,17 @@ def train(cfg: Config, argv: list[str]) -> Path:
         return path
     after = measure(samples=cfg.eval.samples)
     before_and_after(
-        state.before, after, f"{len(parts.heldout)} held-out prompts, temperature {cfg.eval.temperature:g}"
-    )
+        state.before, after, f"{len(parts.heldout)} held-out prompts, temperature {cfg.eval.temperature:g}")
     report.write(folder, read_rows(folder / "metrics.jsonl"), state.before, after)
     console.print(f"report: {folder / 'report.md'}\nmodel: {path}")
     return path
+
+
+def give_up(cfg: Config, state: State) -> None:
+    """UserError after optim.max_skips updates in a row that were not finite."""
+    if state.skips >= cfg.optim.max_skips:
+        raise UserError(f"{state.skips} updates in a row had a loss or a gradient that is not finite: try a smaller "
+                        "optim.lr, a longer optim.warmup, a smaller loss.clip, or model.dtype=float32")
 
 
 def main(argv: list[str]) -> int:
@@ -258,6 +235,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -15,17 +15,8 @@ from torch import Tensor
 Credit = tuple[Tensor, Tensor | None]
 
 
-def gae(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    *,
-    group_size: int = 1,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-    lam_critic: float | None = None,
-    whiten: bool = True,
-) -> Credit:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, group_size: int = 1, gamma: float = 1.0, lam: float = 0.95,
+        lam_critic: float | None = None, whiten: bool = True) -> Credit:
     """Generalised advantage estimation, one reply = one episode (Schulman et al. 2016, arXiv:1506.02438, eq. 16).
 
     A_t = δ_t + γλ A_{t+1},  δ_t = r_t + γ V_{t+1} - V_t,  V after the last token = 0; returns = A + V.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -43,8 +44,7 @@ class Parts:
     advantage: Callable[..., tuple[Tensor, Tensor | None]]
     loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
     kl_ref: Callable[
-        ..., Tensor
-    ]  # place = reward: (logprobs, ref_logprobs) → (B, T); place = loss: (new, batch) → (B, T)
+        ..., Tensor]  # place = reward: (logprobs, ref_logprobs) → (B, T); place = loss: (new, batch) → (B, T)
     kl_old: Callable[..., Tensor]  # (new, batch) → (B, T)
     train: list[Example]
     heldout: list[Example]
@@ -56,22 +56,21 @@ def pick_device(name: str) -> torch.device:
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name == "auto":
         return torch.device(here[0])
-    if name.split(":")[0] not in here:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in here:
         raise UserError(f"device={name!r}: choose auto, {', '.join(here)}")
-    return torch.device(name)
+    return device
 
 
 def build(cfg: Config, device: torch.device, console: Console, start: Path | None = None) -> Parts:
     """Load and check everything. `start`: the checkpoint to continue from; the reference is always the first policy."""
     sampler = resolve(cfg.sampling.backend, SAMPLERS, "sampling.backend")
     advantage, loss = resolve(cfg.advantage, ADVANTAGES, "advantage"), resolve(cfg.loss, LOSSES, "loss")
-    check_plugins(
-        advantage,
-        loss,
-        names=(cfg.advantage["name"], cfg.loss["name"]),
-        group_size=cfg.sampling.group_size,
-        critic=cfg.model.critic != "none",
-    )
+    check_plugins(advantage, loss, names=(cfg.advantage["name"], cfg.loss["name"]), group_size=cfg.sampling.group_size,
+        critic=cfg.model.critic != "none")
     kl_ref, kl_old = kl_terms(cfg, console)
     make_task = resolve(cfg.task, TASKS, "task")
     task, heldout_task = make_task("train"), make_task("heldout")
@@ -84,31 +83,15 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
     if start is not None:
         policy, _ = load(str(start), critic=cfg.model.critic, device=device, dtype=dtype)
     groups = policy.parameter_groups()
-    optimizer = Optimizer(
-        groups,
-        {"policy": cfg.optim.lr, "critic": cfg.optim.critic_lr},
-        betas=cfg.optim.betas,
-        weight_decay=cfg.optim.weight_decay,
-        max_grad_norm=cfg.optim.max_grad_norm,
-    )
+    optimizer = Optimizer(groups, {"policy": cfg.optim.lr, "critic": cfg.optim.critic_lr}, betas=cfg.optim.betas,
+        weight_decay=cfg.optim.weight_decay, max_grad_norm=cfg.optim.max_grad_norm)
 
     heldout = draw(range(len(heldout_task)), min(cfg.eval.prompts, len(heldout_task)), seed=0, step=0)
-    return Parts(
-        policy,
-        reference,
-        tokenizer,
-        optimizer,
-        sampling_rule(policy, tokenizer, cfg.sampling.temperature),
-        sampler,
-        reward,
-        advantage,
-        loss,
-        kl_ref,
-        kl_old,
+    return Parts(policy, reference, tokenizer, optimizer, sampling_rule(policy, tokenizer, cfg.sampling.temperature),
+        sampler, reward, advantage, loss, kl_ref, kl_old,
         train=that_fit(cfg, policy, tokenizer, [task[i] for i in range(len(task))], "train", console),
         heldout=that_fit(cfg, policy, tokenizer, [heldout_task[i] for i in heldout], "held-out", console),
-        solved=lambda example, reply: total(task.score(example, reply)) >= 1,
-    )
+        solved=lambda example, reply: total(task.score(example, reply)) >= 1)
 
 
 def total(score: float | dict[str, float]) -> float:
@@ -117,18 +100,22 @@ def total(score: float | dict[str, float]) -> float:
 
 def kl_terms(cfg: Config, console: Console) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """The two KLs; a trap is refused, or named on one line."""
-    place, estimator = cfg.kl_ref.place, cfg.kl_ref.estimator
-    active = cfg.kl_ref.coef > 0
-    if active and (place, estimator) in REFUSED:
+    trap = (cfg.kl_ref.place, cfg.kl_ref.estimator)
+    table = KL if cfg.kl_ref.place == "reward" else KL_LOSSES
+    if cfg.kl_ref.coef > 0 and trap in REFUSED:
         raise UserError(
-            f"kl_ref.estimator={estimator} with kl_ref.place={place}: {REFUSED[place, estimator]}; "
-            f"choose {', '.join(KL_LOSSES)}"
-        )
-    if active and (place, estimator) in TRAPS:
-        console.print(f"[yellow]note:[/] {TRAPS[place, estimator]}")
-    table = KL if place == "reward" or not active else KL_LOSSES
-    kl_ref = resolve({"name": estimator}, table, "kl_ref.estimator")
-    return kl_ref, resolve({"name": cfg.kl_old.estimator}, KL_OLD_LOSSES, "kl_old.estimator")
+            f"kl_ref.place={trap[0]} with kl_ref.estimator={trap[1]}: {REFUSED[trap]}; choose {', '.join(table)}")
+    if cfg.kl_ref.coef > 0 and trap in TRAPS:
+        console.print(f"[yellow]note:[/] {TRAPS[trap]}")
+    if cfg.kl_ref.coef == 0:
+        table = KL | KL_LOSSES  # k1 in the loss is refused only once it is switched on
+    return estimator("kl_ref", cfg.kl_ref.estimator, table), estimator("kl_old", cfg.kl_old.estimator, KL_OLD_LOSSES)
+
+
+def estimator(section: str, name: str, table: dict[str, Callable[..., Tensor]]) -> Callable[..., Tensor]:
+    if name not in table and ":" not in name:
+        raise UserError(f"{section}.estimator={name!r}: choose {', '.join([*table, 'file.py:function'])}")
+    return resolve({"name": name}, table, section)
 
 
 def dtype_of(cfg: Config, device: torch.device) -> torch.dtype:
@@ -142,19 +129,11 @@ def base_model(console: Console) -> Path:
     with console.status("") as status:
         return tiny.cached_base(
             lambda accuracy, goal: status.update(
-                f"making the tiny base model, once: sampled accuracy {accuracy:.2f}, stops at {goal}"
-            )
-        )
+                f"making the tiny base model, once: sampled accuracy {accuracy:.2f}, stops at {goal}"))
 
 
-def that_fit(
-    cfg: Config,
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[Example],
-    side: str,
-    console: Console,
-) -> list[Example]:
+def that_fit(cfg: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase, examples: list[Example], side: str,
+        console: Console) -> list[Example]:
     """The examples whose prompt leaves room for a reply; the others are counted and the first one is named."""
     context: Any = getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None)
     limit = cfg.sampling.max_prompt_tokens or (context - cfg.sampling.max_new_tokens if context else None)
@@ -167,5 +146,5 @@ def that_fit(
         what += f", the first with {tokens}: {str(first.prompt)[:60]!r}"
         if len(long) == len(examples):
             raise UserError(f"{what}; none is left: raise sampling.max_prompt_tokens, or lower sampling.max_new_tokens")
-        console.print(f"[yellow]note:[/] dropped: {what}")
+        console.print(f"[yellow]note:[/] dropped: {escape(what)}")
     return [e for n, e in zip(lengths, examples, strict=True) if 0 < n <= limit]

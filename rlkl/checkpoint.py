@@ -15,14 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
-def save(
-    run: Path,
-    step: int,
-    policy: Any,
-    tokenizer: Any,
-    optimizer: Any,
-    state: dict[str, Any],
-) -> Path:
+def save(run: Path, step: int, policy: Any, tokenizer: Any, optimizer: Any, state: dict[str, Any]) -> Path:
     """Write what a run needs to go on after `step` steps. The folder appears only once it is complete."""
     folder = run / "checkpoints" / f"step-{step:06d}"
     if folder.exists():  # the same step is the same state

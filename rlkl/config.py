@@ -34,8 +34,7 @@ class Loader(yaml.SafeLoader):
 
 
 Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def load(argv: list[str], tree: dict | None = None) -> Config:
@@ -69,7 +68,10 @@ def defaults() -> dict:
 def read_yaml(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such config file (an override is written key=value)")
-    return parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections of key: value, got {tree!r}")
+    return tree
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -140,7 +142,7 @@ def annotation(parameter: inspect.Parameter, function: Callable) -> Any:
     """The type of an option: as annotated, else that of its default."""
     if parameter.annotation is not parameter.empty:
         kind = parameter.annotation
-        return eval(kind, function.__globals__) if isinstance(kind, str) else kind
+        return eval(kind, inspect.unwrap(function).__globals__) if isinstance(kind, str) else kind
     return Any if parameter.default in (None, parameter.empty) else type(parameter.default)
 
 
@@ -151,9 +153,9 @@ def from_file(name: str, table: Mapping[str, Callable], key: str) -> Callable[..
         raise UserError(f"{key}.name={name!r}: choose {', '.join([*table, 'file.py:function'])}")
     try:
         if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+            spec = importlib.util.spec_from_file_location(f"{Path(where).stem}@{Path(where).resolve()}", where)
             module = importlib.util.module_from_spec(spec)
-            sys.modules.setdefault(spec.name, module)  # so that its dataclasses and pickles find it
+            sys.modules[spec.name] = module  # so that its dataclasses find it; a name that no import can meet
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(where)
@@ -162,13 +164,11 @@ def from_file(name: str, table: Mapping[str, Callable], key: str) -> Callable[..
     except Exception as error:  # a plug-in may fail in any way while it is loaded
         line = f" line {error.lineno}" if isinstance(error, SyntaxError) else ""
         raise UserError(
-            f"{key}.name={name!r}: {where}{line}: {type(error).__name__}: {error}".splitlines()[0]
-        ) from error
+            f"{key}.name={name!r}: {where}{line}: {type(error).__name__}: {error}".splitlines()[0]) from error
     if not callable(getattr(module, attribute, None)):
         here = [n for n, x in vars(module).items() if callable(x) and getattr(x, "__module__", None) == module.__name__]
         raise UserError(
-            f"{key}.name={name!r}: {where} has no function {attribute!r}; it has {', '.join(here) or 'none'}"
-        )
+            f"{key}.name={name!r}: {where} has no function {attribute!r}; it has {', '.join(here) or 'none'}")
     return getattr(module, attribute)
 
 

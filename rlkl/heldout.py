@@ -35,8 +35,7 @@ def replies(parts: Parts, rule: Sampling, samples: int, max_new_tokens: int) -> 
         some = parts.heldout[start : start + chunk]
         ids, mask = left_pad([encode(parts.tokenizer, e.prompt) for e in some], rule.pad_id, parts.policy.lm.device)
         batch = parts.sampler(
-            parts.policy, ids, mask, draw_uniforms(len(some) * samples, max_new_tokens, rng, ids.device), rule
-        )
+            parts.policy, ids, mask, draw_uniforms(len(some) * samples, max_new_tokens, rng, ids.device), rule)
         for row, reply in enumerate(decode(parts.tokenizer, batch)):
             yield start + row // samples, parts.solved(some[row // samples], reply)
 

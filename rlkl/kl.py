@@ -63,33 +63,24 @@ KL_LOSSES = {"k2": ref_k2, "k3": ref_k3}  # kl_ref.place = loss
 KL_OLD_LOSSES = {"k2": old_k2, "k3": old_k3}  # kl_old
 
 
-def proportional(coef: float, target: float | None, kl: float, rows: int, horizon: int) -> float:
+def proportional(coef: float, target: float, kl: float, rows: int, horizon: int) -> float:
     """coef · (1 + clip(kl/target - 1, ±0.2) · rows/horizon); Ziegler et al. 2019, arXiv:1909.08593, sec. 2.2.
 
-    kl and target in nats per *sequence*; without a target the coefficient stays.
+    kl and target in nats per *sequence*.
     """
-    if target is None:
-        return coef
     return coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * rows / horizon)
 
 
-def doubling(coef: float, target: float | None, kl: float) -> float:
+def doubling(coef: float, target: float, kl: float) -> float:
     """Half below target/1.5, double above 1.5 target; PPO-penalty (Schulman et al. 2017, arXiv:1707.06347, sec. 4).
 
-    kl and target in nats per *token*; without a target the coefficient stays.
+    kl and target in nats per *token*.
     """
-    if target is None:
-        return coef
     return coef * (0.5 if kl < target / 1.5 else 2.0 if kl > 1.5 * target else 1.0)
 
 
 # What an estimator does in a place where it does not do what it says (place, estimator); the first kind is refused.
 REFUSED = {("loss", "k1"): "its expected gradient is zero, so it would not hold the policy at all"}
-TRAPS = {
-    ("reward", "k2"): "k2 in the reward does not lead to the policy that KL(pi || ref) would; k1 does",
-    ("reward", "k3"): "k3 in the reward does not lead to the policy that KL(pi || ref) would; k1 does",
-    (
-        "loss",
-        "k3",
-    ): "k3 in the loss has the gradient of KL(ref || pi), the other direction; k2 has that of KL(pi || ref)",
-}
+TRAPS = {("reward", "k2"): "k2 in the reward does not lead to the policy that KL(pi || ref) would; k1 does",
+    ("reward", "k3"): "k3 in the reward does not lead to the policy that KL(pi || ref) would; k1 does", ("loss",
+    "k3"): "k3 in the loss has the gradient of KL(ref || pi), the other direction; k2 has that of KL(pi || ref)"}

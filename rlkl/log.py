@@ -21,15 +21,11 @@ class Meters:
     def add(self, mask: Tensor, stats: dict[str, Tensor]) -> None:
         """stats: (B, T) per-token numbers."""
         for name, x in stats.items():
-            inside = x.detach()[mask].double() if x.device.type != "mps" else x.detach()[mask]
-            if not len(inside):
-                continue
-            if name.endswith("_max"):
-                self.sums[name] = torch.maximum(self.sums.get(name, inside[0]), inside.max())
-                self.counts[name] = 1
-            else:
-                self.sums[name] = self.sums.get(name, 0) + inside.sum()
-                self.counts[name] += len(inside)
+            inside, peak = x.detach()[mask], name.endswith("_max")
+            if len(inside):
+                before = self.sums.get(name, inside[0] if peak else 0)
+                self.sums[name] = torch.maximum(before, inside.max()) if peak else before + inside.sum()
+                self.counts[name] = 1 if peak else self.counts[name] + len(inside)
 
     def row(self) -> dict[str, float]:
         return {name: float(total) / self.counts[name] for name, total in self.sums.items()}
@@ -41,7 +37,7 @@ class RunLog:
     def __init__(self, folder: Path, config: dict, *, wandb_mode: str, project: str, start: int) -> None:
         self.path = folder / "metrics.jsonl"
         rows = [
-            row for row in read_rows(self.path) if row["step"] < start
+            row for row in read_rows(self.path) if row["step"] <= start
         ]  # a resumed run repeats the steps after its checkpoint
         scratch = self.path.with_suffix(".tmp")
         scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -51,15 +47,8 @@ class RunLog:
         if wandb_mode != "disabled":
             import wandb
 
-            self.wandb = wandb.init(
-                project=project,
-                name=folder.name,
-                id=folder.name,
-                dir=folder,
-                config=config,
-                mode=wandb_mode,
-                resume="allow",
-            )
+            self.wandb = wandb.init(project=project, name=folder.name, id=folder.name, dir=folder, config=config,
+                mode=wandb_mode, resume="allow")
 
     def write(self, row: dict, sample: dict | None) -> None:
         """One row; a sample of the step goes with it into the JSONL."""

@@ -34,22 +34,13 @@ def head_logits(hidden: Tensor, head: Head) -> Tensor:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     if head.vocab_size is not None and head.vocab_size < logits.shape[-1]:
         logits = logits.index_fill(
-            -1, torch.arange(head.vocab_size, logits.shape[-1], device=logits.device), -torch.inf
-        )
+            -1, torch.arange(head.vocab_size, logits.shape[-1], device=logits.device), -torch.inf)
     return logits
 
 
-def token_logprobs(
-    hidden: Tensor,
-    head: Head,
-    ids: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    ref_hidden: Tensor | None = None,
-    ref_head: Head | None = None,
-    entropy: bool = True,
-    backend: Literal["auto", "reference"] = "auto",
-) -> TokenStats:
+def token_logprobs(hidden: Tensor, head: Head, ids: Tensor, *, temperature: float | Tensor = 1.0,
+        ref_hidden: Tensor | None = None, ref_head: Head | None = None, entropy: bool = True,
+        backend: Literal["auto", "reference"] = "auto") -> TokenStats:
     """What softmax(logits / temperature) says of `ids`; with a reference also both exact KLs over the vocabulary.
 
     hidden (M, D), ids (M,), temperature a number or (M,); ref_hidden (M, D'). Differentiable in hidden and head.
@@ -63,15 +54,7 @@ def token_logprobs(
     return run(hidden, head, ids, temperature, ref_hidden, ref_head, entropy)
 
 
-def reference(
-    hidden: Tensor,
-    head: Head,
-    ids: Tensor,
-    temperature: float | Tensor,
-    ref_hidden: Tensor | None,
-    ref_head: Head | None,
-    entropy: bool,
-) -> TokenStats:
+def reference(hidden: Tensor, head: Head, ids: Tensor, temperature, ref_hidden, ref_head, entropy) -> TokenStats:
     """The specification: hold all M × V logits."""
     if isinstance(temperature, Tensor) and temperature.dim():
         temperature = temperature[:, None]

@@ -22,8 +22,7 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 
 
 def clipped_surrogate(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float
-) -> tuple[Tensor, Tensor]:
+        logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """-min(w A, clip(w, 1-low, 1+high) A) and w = pi/pi_old, (B, T) (Schulman et al. 2017, arXiv:1707.06347, eq. 7).
 
     The trust region: once w has moved past the clip in the direction A asks for, the token's gradient is zero.
@@ -43,15 +42,8 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
     return torch.maximum((values - returns).square(), (near - returns).square()) / 2
 
 
-def ppo(
-    new: Evaluation,
-    batch: Batch,
-    *,
-    clip: float = 0.2,
-    value_coef: float = 0.5,
-    value_clip: float = 0.2,
-    entropy_coef: float = 0.0,
-) -> Loss:
+def ppo(new: Evaluation, batch: Batch, *, clip: float = 0.2, value_coef: float = 0.5, value_clip: float = 0.2,
+        entropy_coef: float = 0.0) -> Loss:
     """Clipped surrogate + value loss - entropy bonus (Schulman et al. 2017, eq. 9). Weights: token."""
     if new.values is None or batch.values is None or batch.returns is None:
         raise ValueError("ppo needs a critic: set model.critic to head or network, and advantage.name to gae")

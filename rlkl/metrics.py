@@ -11,18 +11,15 @@ from torch import Tensor
 
 from rlkl.types import Batch
 
+PHASES = ("act", "evaluate", "learn")
+
 
 def describe(batch: Batch, scores: Tensor, named: dict[str, Tensor], group_size: int) -> dict[str, float]:
     """The whole rollout: rewards and lengths."""
     groups = scores.view(-1, group_size)
-    row = {
-        "reward": scores.mean(),
-        "reward_std": scores.std(unbiased=False),
-        "unanimous": (groups.amax(1) == groups.amin(1)).float().mean(),
-        "length": batch.mask.sum(1).float().mean(),
-        "truncated": batch.truncated.float().mean(),
-        "tokens": batch.mask.sum(),
-    }
+    row = {"reward": scores.mean(), "reward_std": scores.std(unbiased=False),
+        "unanimous": (groups.amax(1) == groups.amin(1)).float().mean(), "length": batch.mask.sum(1).float().mean(),
+        "truncated": batch.truncated.float().mean(), "tokens": batch.mask.sum()}
     row |= {f"reward/{name}": part.float().mean() for name, part in named.items()}
     return {name: float(x) for name, x in row.items()}
 
@@ -38,21 +35,12 @@ def credited(batch: Batch) -> dict[str, float]:
 
 
 def speed(tokens: float, clock: list[float], device: torch.device) -> dict[str, float]:
-    """Seconds of the phases act, evaluate, learn; sampled tokens per second of the whole step; peak memory in GB."""
-    act, evaluate, learn = (end - start for start, end in pairwise(clock))
-    seconds = clock[-1] - clock[0]
-    return {
-        "seconds": seconds,
-        "seconds_act": act,
-        "seconds_evaluate": evaluate,
-        "seconds_learn": learn,
-        "tokens_per_second": tokens / seconds,
-        "peak_memory_gb": peak_memory(device) / 1e9,
-    }
+    """Seconds of act, evaluate and learn; sampled tokens per second of the whole step; peak memory in GB.
 
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device's allocator on CUDA, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    Memory is that of the device's allocator on CUDA, else of the process.
+    """
+    row = {"seconds": clock[-1] - clock[0]}
+    row |= {f"seconds_{name}": b - a for name, (a, b) in zip(PHASES, pairwise(clock), strict=True)}
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
+    return row | {"tokens_per_second": tokens / row["seconds"], "peak_memory_gb": peak / 1e9}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
@@ -27,8 +28,7 @@ class Critic(nn.Module):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=dtype)
         nn.init.zeros_(
-            self.head.weight
-        )  # V = 0 at the start: a random head gives a first critic gradient in the hundreds
+            self.head.weight)  # V = 0 at the start: a random head gives a first critic gradient in the hundreds
         nn.init.zeros_(self.head.bias)
 
     def forward(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -56,16 +56,9 @@ class Policy(nn.Module):
     def head(self) -> Head:
         """Read from the model each time, so that it is always the one being trained."""
         unembedding, config = self.lm.get_output_embeddings(), self.lm.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1 / (
-            getattr(config, "logits_scaling", None) or 1
-        )  # Cohere, Granite
-        return Head(
-            unembedding.weight,
-            unembedding.bias,
-            scale,
-            getattr(config, "final_logit_softcapping", None),
-            self.vocab_size,
-        )
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2; the scales: Cohere, Granite
+        return Head(unembedding.weight, unembedding.bias, scale, softcap, self.vocab_size)
 
     def logits(self, states: Tensor) -> Tensor:
         """(M, D) → (M, V) float32."""
@@ -82,17 +75,22 @@ class Policy(nn.Module):
         if reference is not None:
             with torch.no_grad():
                 ref_hidden = (reference.states(batch) if batch.ref_states is None else batch.ref_states)[mask]
-        stats = token_logprobs(
-            hidden[:, :-1][mask],
-            self.head,
-            batch.response_ids[mask],
-            temperature=batch.temperature,
-            ref_hidden=ref_hidden,
-            ref_head=reference.head if reference is not None else None,
-        )
+        stats = token_logprobs(hidden[:, :-1][mask], self.head, batch.response_ids[mask], temperature=batch.temperature,
+            ref_hidden=ref_hidden, ref_head=reference.head if reference is not None else None)
         per_token = [None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in stats]
         values = (None, None) if self.critic is None else self.critic(hidden, batch)
         return Evaluation(per_token[0], per_token[1], *values, *per_token[2:])
+
+    @torch.no_grad()
+    def score(self, batch: Batch, max_tokens: int) -> Evaluation:
+        """`evaluate` without gradients, in micro-batches of at most `max_tokens` padded tokens."""
+        whole: dict[str, Tensor] = {}
+        for rows, micro in batch.microbatches(max_tokens):
+            for name, x in self.evaluate(micro)._asdict().items():
+                if x is not None:
+                    full = whole.setdefault(name, x.new_zeros(batch.mask.shape[: x.dim()]))
+                    full[(rows, slice(x.shape[1])) if x.dim() == 2 else rows] = x
+        return Evaluation(**whole)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """What is trained: the policy, and the critic apart, so that neither's gradient scales the other's step."""
@@ -125,15 +123,19 @@ def load(
     hf_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        lm = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+        found: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        lm, report = found
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"model.name={name!r}: not a causal LM with a tokenizer, as a directory or a hub name: {first_line(error)}"
         ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"model.name={name!r}: its tokenizer has no EOS token, so no reply could ever end; set eos_token"
-        )
+            f"model.name={name!r}: its tokenizer has no EOS token, so no reply could ever end; set eos_token")
+    if report["missing_keys"]:
+        raise UserError(f"model.name={name!r}: no weights for {', '.join(sorted(report['missing_keys'])[:3])}")
+    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
+        raise UserError(f"model.name={name!r}: its tokenizer has {len(tokenizer)} tokens, its embedding fewer")
     check_reproduced(Policy(lm.to(device).eval(), vocab_size=len(tokenizer)))
     policy = Policy(lm.to(dtype), critic, vocab_size=len(tokenizer))
     return policy.eval(), tokenizer  # eval from here on: dropout would make the ratio differ from 1 before any update
@@ -144,20 +146,21 @@ def first_line(error: Exception) -> str:
 
 
 def check_reproduced(policy: Policy) -> None:
-    """Score one row by `evaluate` and by the model's own logits; UserError if they differ by more than 1e-4 nats."""
+    """Score a row by `evaluate`, whole and behind padding, and by the model alone; UserError if 1e-4 nats apart."""
+    kind, pad = policy.lm.config.model_type, 3
     ids = (torch.arange(12, device=policy.lm.device) * 37 + 5) % (policy.vocab_size or policy.head.weight.shape[0])
-    prompt, reply = ids[None, :6], ids[None, 6:]
-    ones, kind = torch.ones_like(reply, dtype=torch.bool), policy.lm.config.model_type
-    batch = Batch(
-        prompt, ones, reply, ones, torch.zeros_like(reply, dtype=torch.float32), torch.zeros(1, dtype=torch.bool)
-    )
+    prompt, reply = ids[:6].repeat(2, 1), ids[6:].repeat(2, 1)
+    ones = torch.ones_like(reply, dtype=torch.bool)
+    kept = torch.stack([ones[0], torch.arange(6, device=ids.device) >= pad])
+    batch = Batch(prompt, kept, reply, ones, torch.zeros(reply.shape, device=ids.device), ones[:, 0])
     try:
         with torch.no_grad():
             scored = policy.evaluate(batch).logprobs
-            logits = policy.lm(input_ids=ids[None]).logits[:, 5:-1, : policy.vocab_size]
+            own = [policy.lm(input_ids=ids[None, first:]).logits[0, 5 - first : -1] for first in (0, pad)]
     except (TypeError, AttributeError) as error:
         raise UserError(f"{kind} models are not supported: {first_line(error)}") from error
-    gap = (scored - logits.float().log_softmax(-1).gather(-1, reply[..., None]).squeeze(-1)).abs().max().item()
+    logp = torch.stack(own)[..., : policy.vocab_size].float().log_softmax(-1)
+    gap = (scored - logp.gather(-1, reply[..., None]).squeeze(-1)).abs().max().item()
     if not gap <= 1e-4:
         raise UserError(f"{kind} models are not supported: evaluate() is {gap:.2g} nats off the model's own logits")
 

@@ -16,31 +16,21 @@ class Optimizer:
     bf16 keeps 1–7 % of the displacement. Sampler and trainer read the same tensors, which never move in memory.
     """
 
-    def __init__(
-        self,
-        groups: dict[str, list[nn.Parameter]],
-        lrs: dict[str, float],
-        *,
-        betas: tuple[float, float],
-        weight_decay: float,
-        max_grad_norm: float,
-    ) -> None:
+    def __init__(self, groups: dict[str, list[nn.Parameter]], lrs: dict[str, float], *, betas: tuple[float, float],
+            weight_decay: float, max_grad_norm: float) -> None:
         self.groups, self.lrs, self.max_grad_norm = groups, lrs, max_grad_norm
         self.masters = {name: [master_of(p) for p in params] for name, params in groups.items()}
-        self.adamw = torch.optim.AdamW(
-            [{"params": self.masters[name], "lr": lrs[name]} for name in groups],
-            betas=betas,
-            weight_decay=weight_decay,
-            fused=True,
-        )
+        both = ((p, m) for name in groups for p, m in zip(groups[name], self.masters[name], strict=True))
+        self.narrow = [(p, master) for p, master in both if p is not master]
+        self.adamw = torch.optim.AdamW([{"params": self.masters[name], "lr": lrs[name]} for name in groups],
+            betas=betas, weight_decay=weight_decay, fused=True)
 
     def step(self, lr_scale: float, loss: float = 0.0, frozen: Collection[str] = ()) -> dict[str, float]:
         """Clip, step, zero. Returns each group's gradient norm before clipping; empty if one of them or the loss is not
         finite: then nothing has moved.
         """
-        for name in frozen:
-            for p in self.groups[name]:
-                p.grad = None  # AdamW passes over it: no step, no decay, no momentum
+        for p in (p for name in frozen for p in self.groups[name]):
+            p.grad = None  # AdamW passes over it: no step, no decay, no momentum
         norms = {
             name: nn.utils.clip_grad_norm_(params, self.max_grad_norm).item()
             for name, params in self.groups.items()
@@ -55,30 +45,21 @@ class Optimizer:
         return norms if finite else {}
 
     def _through_masters(self) -> None:
-        pairs = [
-            (p, m)
-            for name in self.groups
-            for p, m in zip(self.groups[name], self.masters[name], strict=True)
-            if p is not m
-        ]
-        for p, master in pairs:
+        for p, master in self.narrow:
             master.grad = None if p.grad is None else p.grad.to(master.dtype)
         self.adamw.step()
         with torch.no_grad():
-            for p, master in pairs:
+            for p, master in self.narrow:
                 p.copy_(master)
                 master.grad = None
 
     def zero(self) -> None:
-        for params in self.groups.values():
-            for p in params:
-                p.grad = None
+        for p in (p for params in self.groups.values() for p in params):
+            p.grad = None
 
     def state_dict(self) -> dict:
-        return {
-            "adamw": self.adamw.state_dict(),
-            "masters": {name: [m.detach() for m in ms] for name, ms in self.masters.items()},
-        }
+        return {"adamw": self.adamw.state_dict(),
+            "masters": {name: [m.detach() for m in ms] for name, ms in self.masters.items()}}
 
     def load_state_dict(self, state: dict) -> None:
         self.adamw.load_state_dict(state["adamw"])

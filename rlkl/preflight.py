@@ -12,14 +12,8 @@ from rlkl.losses import Loss
 from rlkl.types import Batch, Evaluation
 
 
-def check_plugins(
-    advantage: Callable[..., tuple[Tensor, Tensor | None]],
-    loss: Callable[[Evaluation, Batch], Loss],
-    *,
-    names: tuple[str, str],
-    group_size: int,
-    critic: bool,
-) -> None:
+def check_plugins(advantage: Callable[..., tuple[Tensor, Tensor | None]], loss: Callable[[Evaluation, Batch], Loss], *,
+        names: tuple[str, str], group_size: int, critic: bool) -> None:
     """Run both on two random prompts. UserError where they raise, give wrong shapes, or could never teach anything."""
     batch, new = random_batch(2 * group_size, critic)
     with torch.random.fork_rng(devices=[]):
@@ -34,8 +28,7 @@ def check_plugins(
             )
         if critic and batch.returns is None:
             raise UserError(
-                f"advantage.name={names[0]} does not train a critic: set model.critic=none, or advantage.name=gae"
-            )
+                f"advantage.name={names[0]} does not train a critic: set model.critic=none, or advantage.name=gae")
         try:
             per_token, stats = loss(new, batch)
         except Exception as error:
@@ -43,18 +36,14 @@ def check_plugins(
     wrong = {n: tuple(x.shape) for n, x in {"loss": per_token, **stats}.items() if x.shape != batch.mask.shape}
     if wrong:
         raise UserError(
-            f"loss.name={names[1]}: must give (B, T) tensors; for a {tuple(batch.mask.shape)} batch it gave {wrong}"
-        )
+            f"loss.name={names[1]}: must give (B, T) tensors; for a {tuple(batch.mask.shape)} batch it gave {wrong}")
     if not per_token.requires_grad:
         raise UserError(f"loss.name={names[1]}: its loss does not depend on new.logprobs, so it has no gradient")
 
 
 def _said(error: Exception) -> str:
-    return (
-        str(error).splitlines()[0]
-        if type(error) is ValueError
-        else f"failed on a random batch: {type(error).__name__}: {error}"
-    )
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if type(error) is ValueError else f"failed on a random batch: {type(error).__name__}: {line}"
 
 
 def random_batch(rows: int, critic: bool, columns: int = 4, seed: int = 0) -> tuple[Batch, Evaluation]:
@@ -67,23 +56,9 @@ def random_batch(rows: int, critic: bool, columns: int = 4, seed: int = 0) -> tu
     mask = torch.arange(columns) < torch.randint(1, columns + 1, (rows, 1), generator=g)
     ids, ones = torch.zeros(rows, columns, dtype=torch.long), torch.ones(rows, columns, dtype=torch.bool)
     old = -normal().abs()
-    batch = Batch(
-        ids,
-        ones,
-        ids,
-        mask,
-        old,
-        torch.zeros(rows, dtype=torch.bool),
-        old_logprobs=old,
-        ref_logprobs=old - 0.1 * normal(),
-        values=normal() if critic else None,
-        rewards=normal(),
-        old_entropy=normal().abs(),
-    )
-    new = Evaluation(
-        (old + 0.1 * normal()).requires_grad_(),
-        normal().abs().requires_grad_(),
-        normal().requires_grad_() if critic else None,
-        torch.zeros(rows) if critic else None,
-    )
+    batch = Batch(ids, ones, ids, mask, old, torch.zeros(rows, dtype=torch.bool), old_logprobs=old,
+        ref_logprobs=old - 0.1 * normal(), values=normal() if critic else None, rewards=normal(),
+        old_entropy=normal().abs())
+    new = Evaluation((old + 0.1 * normal()).requires_grad_(), normal().abs().requires_grad_(),
+        normal().requires_grad_() if critic else None, torch.zeros(rows) if critic else None)
     return batch, new

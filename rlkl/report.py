@@ -16,23 +16,9 @@ PANELS = {  # title → metrics drawn in it
     "entropy, nats": ("entropy",),
     "reply length, tokens": ("length",),
 }
-SHOWN = (
-    "reward",
-    "unanimous",
-    "length",
-    "truncated",
-    "entropy",
-    "clip_fraction",
-    "ratio_max",
-    "kl_pi_ref_tok",
-    "kl_pi_ref_seq",
-    "kl_old_pi",
-    "sampler_gap",
-    "explained_variance",
-    "grad_norm/policy",
-    "grad_norm/critic",
-    "tokens_per_second",
-)
+SHOWN = ("reward", "unanimous", "length", "truncated", "entropy", "clip_fraction", "ratio_max", "kl_pi_ref_tok",
+    "kl_pi_ref_seq", "kl_old_pi", "sampler_gap", "explained_variance", "grad_norm/policy", "grad_norm/critic",
+    "tokens_per_second")
 
 
 def write(folder: Path, rows: list[dict], before: dict[str, float], after: dict[str, float]) -> None:
@@ -81,8 +67,7 @@ def draw(rows: list[dict]) -> Figure:
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
                 axes.plot(
-                    *zip(*points, strict=True), label=name, marker="o" if len(points) < 30 else None, markersize=4
-                )
+                    *zip(*points, strict=True), label=name, marker="o" if len(points) < 30 else None, markersize=4)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
         axes.grid(alpha=0.3)

@@ -51,14 +51,16 @@ def flat(tree: dict, prefix: str = "") -> dict:
 def open_folder(cfg: Config, argv: list[str]) -> Path:
     """Make the run folder and write down what is needed to repeat the run, or find it again on resume."""
     plugins = [
-        Path(v.rpartition(":")[0]) for k, v in flat(asdict(cfg)).items() if k.endswith("name") and ".py:" in str(v)
-    ]
+        Path(v.rpartition(":")[0]) for k, v in flat(asdict(cfg)).items() if k.endswith("name") and ".py:" in str(v)]
     if cfg.resume:
         folder = Path(cfg.resume)
         for file in plugins:
             kept = folder / "plugins" / file.name
             if not filecmp.cmp(file, kept, shallow=False):
-                raise UserError(f"resume={folder}: {file} differs from {kept}, which the run was started with")
+                raise UserError(
+                    f"resume={folder}: {file} differs from {kept}, which the run was started with: "
+                    "copy it there if the change is meant"
+                )
         return folder
     folder = (
         Path(cfg.run)
@@ -72,12 +74,12 @@ def open_folder(cfg: Config, argv: list[str]) -> Path:
         (folder / "plugins").mkdir()
     except OSError as error:
         raise UserError(f"run={folder}: cannot be written: {error.strerror}") from error
-    (folder / "config.yaml").write_text(
-        yaml.safe_dump(json.loads(json.dumps(asdict(cfg))), sort_keys=False), encoding="utf-8"
-    )
     (folder / "provenance.json").write_text(json.dumps(provenance(argv), indent=1), encoding="utf-8")
     for file in plugins:
         shutil.copy(file, folder / "plugins" / file.name)
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump(json.loads(json.dumps(asdict(cfg))), sort_keys=False), encoding="utf-8"
+    )  # last: with it the run may be resumed
     return folder
 
 
@@ -101,11 +103,5 @@ def provenance(argv: list[str]) -> dict:
         else ["", ""]
     )
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
-    return {
-        "command": " ".join(["python", "train.py", *argv]),
-        "python": platform.python_version(),
-        **versions,
-        "platform": platform.platform(),
-        "git": git[0] or None,
-        "clean": not git[1],
-    }
+    return {"command": " ".join(["python", "train.py", *argv]), "python": platform.python_version(), **versions,
+        "platform": platform.platform(), "git": git[0] or None, "clean": not git[1]}

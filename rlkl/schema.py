@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     BeforeValidator,
     ConfigDict,
+    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -16,7 +17,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 # Sections of {name: …, **the options of the function it names}; a plain string is the name alone.
@@ -24,12 +25,13 @@ PLUGINS = {"task", "reward", "backend", "advantage", "loss"}
 
 
 def named(section: Any) -> Any:
-    if isinstance(section, dict) and not isinstance(section.get("name"), str):
-        raise ValueError(f"needs a name, got {section}")
+    if section is not None and not (isinstance(section, dict) and isinstance(section.get("name"), str)):
+        raise ValueError("give a name, or {name: ..., option: ...}")
     return section
 
 
 Plugin = Annotated[dict[str, Any], BeforeValidator(named)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def plugin(name: str) -> Any:
@@ -116,7 +118,7 @@ class Optim:
     """what counts the same: every token, every reply, or every token over a fixed length"""
     max_grad_norm: PositiveFloat = 1.0
     """gradients are clipped to it, policy and critic apart"""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """of AdamW"""
     weight_decay: NonNegativeFloat = 0.0
     """of AdamW"""
@@ -194,14 +196,15 @@ class Config:
             )
         if self.sampling.unanimous == "drop" and self.sampling.group_size == 1:
             raise ValueError(
-                "sampling.unanimous=drop would drop every group of 1: set sampling.group_size >= 2, or keep"
-            )
+                "sampling.unanimous=drop would drop every group of 1: set sampling.group_size >= 2, or keep")
         if self.kl_ref.coef > 0 and not self.model.reference:
             raise ValueError(
-                f"kl_ref.coef={self.kl_ref.coef} needs a reference: set model.reference=true, or kl_ref.coef=0"
-            )
+                f"kl_ref.coef={self.kl_ref.coef} needs a reference: set model.reference=true, or kl_ref.coef=0")
+        for name, kl in (("kl_ref", self.kl_ref), ("kl_old", self.kl_old)):
+            if kl.target is not None and kl.coef == 0:
+                raise ValueError(
+                    f"{name}.target={kl.target} adapts {name}.coef, which is 0: set {name}.coef > 0 to start from")
         if self.truncation == "bootstrap" and self.model.critic == "none":
             raise ValueError(
-                "truncation=bootstrap needs V(s_T): set model.critic=head or network, or truncation=terminal or mask"
-            )
+                "truncation=bootstrap needs V(s_T): set model.critic=head or network, or truncation=terminal or mask")
         return self

@@ -20,14 +20,8 @@ SHOWN = ("reward", "heldout/accuracy", "length", "entropy", "clip_fraction", "kl
 @contextmanager
 def progress(done: int, total: int) -> Iterator[Callable[[int], None]]:
     """A bar with the time left; the caller says how many steps are done."""
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("training", total=total, completed=done)
         yield lambda steps: bar.update(task, completed=steps)

@@ -95,15 +95,13 @@ class Batch:
         object.__setattr__(self, name, value)
 
     def _fit(self, name: str, value: Tensor, mask: Tensor) -> Tensor:
-        lead = value.shape[:2] if name in ("ref_states", "prompt_ids", "prompt_mask") else value.shape
-        want = (len(mask),) if name == "truncated" else tuple(mask.shape)
-        if name.startswith("prompt"):
-            want = (len(mask), self.__dict__["prompt_ids"].shape[1])
-        if tuple(lead) != want:
-            raise ValueError(
-                f"Batch.{name}: shape {tuple(value.shape)}, expected {want} as in the mask {tuple(mask.shape)}"
-            )
-        if value.is_floating_point() and name != "truncated":
+        prompt = (len(mask), *self.prompt_ids.shape[1:2])
+        want = {"truncated": mask.shape[:1], "prompt_ids": prompt, "prompt_mask": prompt}.get(name, mask.shape)
+        free = value.shape[2:3] if name == "ref_states" else ()  # D
+        if value.shape != (*want, *free):
+            shapes = f"shape {tuple(value.shape)}, expected {tuple(want)}"
+            raise ValueError(f"Batch.{name}: {shapes}; the mask is {tuple(mask.shape)}")
+        if value.is_floating_point() and value.dim() > 1:
             return value.masked_fill(~(mask if value.dim() == 2 else mask[..., None]), 0.0)
         return value
 

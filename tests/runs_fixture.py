@@ -34,7 +34,8 @@ SMALL = (
     "eval.every=2",
     "kl_ref.coef=0.05",
 )
-PPO = (  # everything that carries state from step to step
+PPO = (  # everything that carries state from step to step, and a task whose accuracy is not 0
+    "task=reward.py:Digits",
     "advantage=gae",
     "loss=ppo",
     "model.critic=head",
@@ -46,12 +47,28 @@ PPO = (  # everything that carries state from step to step
     "kl_old.coef=0.5",
     "kl_old.target=1e-3",
 )
-REWARD = '''"""Pays for digits: random weights hardly ever add right, and equal rewards teach nothing."""
+REWARD = '''"""Random weights hardly ever add right, and equal rewards teach nothing: digits are paid for."""
 import torch
+
+from rlkl.types import Example
 
 
 def digits(examples, replies, batch):
     return torch.tensor([sum(c.isdigit() for c in reply) / 6 for reply in replies]), {}
+
+
+class Digits:
+    def __init__(self, split):
+        self.prompts = [f"{i}:" for i in range(40)][:: 1 if split == "train" else -1]
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return Example(self.prompts[index])
+
+    def score(self, example, reply):
+        return float(any(c.isdigit() for c in reply))
 '''
 
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {  # module or package → what of ours it may import, itself aside
     "logprobs": {"types", "kernels"},
     "kernels": {"types"},
     "model": {"errors", "logprobs", "types"},
-    "rollout": {"model", "types", "kernels"},
+    "rollout": {"errors", "model", "types", "kernels"},
     "tasks": {"errors", "types"},
     "rewards": {"errors", "model", "types"},
     "preflight": {"errors", "losses", "types"},

@@ -242,11 +242,6 @@ def test_doubling_to_the_digit():
     assert doubling(2.0, target, -1.0) == 1.0
 
 
-def test_without_a_target_a_coefficient_stays():
-    assert proportional(0.3, None, 99.0, rows=8, horizon=10) == 0.3
-    assert doubling(0.3, None, 99.0) == 0.3
-
-
 @settings(deadline=None, max_examples=60)
 @given(coef=st.floats(1e-6, 10), target=st.floats(1e-3, 100), measured=st.floats(-10, 1000), rows=st.integers(1, 4096))
 def test_controllers_move_towards_the_target_and_keep_the_sign(coef, target, measured, rows):

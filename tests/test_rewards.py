@@ -26,14 +26,7 @@ def test_the_score_is_on_the_last_sampled_token():
         [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]], dtype=torch.bool
     )
     got = token_rewards(torch.tensor([1.5, -2.0, 3.0, 4.0, -5.0, 6.0]), mask)
-    assert got.tolist() == [
-        [0, 0, 0, 1.5],
-        [0, -2, 0, 0],
-        [3, 0, 0, 0],
-        [0, 0, 4, 0],
-        [0, 0, 0, -5],
-        [0, 0, 0, 0],
-    ]
+    assert got.tolist() == [[0, 0, 0, 1.5], [0, -2, 0, 0], [3, 0, 0, 0], [0, 0, 4, 0], [0, 0, 0, -5], [0, 0, 0, 0]]
 
 
 @settings(deadline=None, max_examples=60)

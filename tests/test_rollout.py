@@ -5,18 +5,7 @@ import math
 
 import pytest
 import torch
-from models import (
-    EOS,
-    PROMPTS,
-    ROWS,
-    VOCAB,
-    causal_lm,
-    prompts,
-    replies,
-    rule,
-    tiny_policy,
-    uniforms,
-)
+from models import EOS, PROMPTS, ROWS, VOCAB, causal_lm, prompts, replies, rule, tiny_policy, uniforms
 from torch import Tensor
 
 from rlkl.rollout import SAMPLERS, cached, naive, pick

@@ -121,6 +121,15 @@ def test_three_steps_of_ppo_and_a_resume_are_six_steps_bit_for_bit(here, base, w
     first, last = rows(whole_ppo)[0], rows(whole_ppo)[-1]
     assert first["updates"] == 4
     assert all(first[name] != last[name] for name in ("reward", "kl_ref_coef", "kl_old_coef"))
+    assert held_out(whole_ppo) == held_out(here / "halves")
+    before, after = held_out(whole_ppo)[2].split("|")[2:4]
+    assert before != after, "an accuracy that never changes hides what was measured when"
+
+
+def held_out(folder: Path) -> list[str]:
+    """The lines `| accuracy | before | after |` and their like of the report."""
+    page = (folder / "report.md").read_text()
+    return page.split("| held out |")[1].split("\n\n")[0].splitlines()
 
 
 def test_the_comparison_of_runs_sees_one_bit(here, base, whole_ppo):

@@ -90,7 +90,7 @@ def test_prompt_ids_of_another_width_are_refused_with_the_name_of_the_pair(parts
 
 def test_a_mask_of_another_shape_is_refused(parts):
     for wrong in wrong_shapes("mask", parts["mask"]):
-        with pytest.raises(ValueError, match=r"^Batch\.\w+: shape .* expected .* as in the mask"):
+        with pytest.raises(ValueError, match=r"^Batch\.\w+: shape .* expected .* the mask is"):
             Batch(**{**parts, "mask": wrong})
 
 

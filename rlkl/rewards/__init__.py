@@ -45,8 +45,7 @@ def judge(
     if not scores.isfinite().all():
         row = int((~scores.isfinite()).long().argmax())
         raise UserError(
-            f"the reward {name} gave {scores[row].item()} for the reply {replies[row]!r} to {examples[row].prompt!r}"
-        )
+            f"the reward {name} gave {scores[row].item()} for the reply {replies[row]!r} to {examples[row].prompt!r}")
     return scores, parts
 
 

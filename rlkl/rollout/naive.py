@@ -22,8 +22,7 @@ def naive(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Ten
 
     def logits(ids: Tensor, attended: Tensor) -> Tensor:
         hidden = policy.backbone(
-            input_ids=ids, attention_mask=attended, position_ids=positions(attended), use_cache=False
-        )
+            input_ids=ids, attention_mask=attended, position_ids=positions(attended), use_cache=False)
         return policy.logits(hidden.last_hidden_state[:, -1])
 
     group = len(uniforms) // len(prompt_ids)
@@ -32,13 +31,8 @@ def naive(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Ten
         return decode(logits, prompt_ids, prompt_mask, uniforms, rule)
 
 
-def decode(
-    logits: Callable[[Tensor, Tensor], Tensor],
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    uniforms: Tensor,
-    rule: Sampling,
-) -> Batch:
+def decode(logits: Callable[[Tensor, Tensor], Tensor], prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor,
+        rule: Sampling) -> Batch:
     """Token by token until every row has ended. `logits(ids, attended)` → (B, V) for the next token of (B, columns)."""
     ids, attended = prompt_ids, prompt_mask
     eos = torch.tensor(rule.eos_ids, device=ids.device, dtype=ids.dtype)
@@ -54,12 +48,5 @@ def decode(
         alive = alive & ~torch.isin(token, eos)  # the EOS itself was sampled: it is an action, and stays in the mask
         if not alive.any():
             break
-    return Batch(
-        prompt_ids,
-        prompt_mask,
-        torch.stack(tokens, 1),
-        torch.stack(masks, 1),
-        torch.stack(logprobs, 1),
-        truncated=alive,
-        temperature=rule.temperature or 1.0,
-    )
+    return Batch(prompt_ids, prompt_mask, torch.stack(tokens, 1), torch.stack(masks, 1), torch.stack(logprobs, 1),
+        truncated=alive, temperature=rule.temperature or 1.0)

@@ -17,7 +17,7 @@ class Jsonl:
         file = Path(path)
         if not file.is_file():
             raise UserError(f"task.path={path!r}: no such file")
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand in a row
         examples = [parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
         if not examples:
             raise UserError(f"task.path={path!r}: the file holds no rows")
