@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,8 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
     """Load and check everything. `start`: the checkpoint to continue from; the reference is always the first policy."""
     sampler = resolve(cfg.sampling.backend, SAMPLERS, "sampling.backend")
     advantage, loss = resolve(cfg.advantage, ADVANTAGES, "advantage"), resolve(cfg.loss, LOSSES, "loss")
-    check_plugins(advantage, loss, names=(cfg.advantage["name"], cfg.loss["name"]), group_size=cfg.sampling.group_size,
-        critic=cfg.model.critic != "none")
+    names = cfg.advantage["name"], cfg.loss["name"]
+    check_plugins(advantage, loss, names, group_size=cfg.sampling.group_size, critic=cfg.model.critic != "none")
     kl_ref, kl_old = kl_terms(cfg, console)
     make_task = resolve(cfg.task, TASKS, "task")
     task, heldout_task = make_task("train"), make_task("heldout")
@@ -82,20 +83,26 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
     reference = reference_of(policy) if cfg.model.reference else None
     if start is not None:
         policy, _ = load(str(start), critic=cfg.model.critic, device=device, dtype=dtype)
-    groups = policy.parameter_groups()
-    optimizer = Optimizer(groups, {"policy": cfg.optim.lr, "critic": cfg.optim.critic_lr}, betas=cfg.optim.betas,
-        weight_decay=cfg.optim.weight_decay, max_grad_norm=cfg.optim.max_grad_norm)
+    lrs = {"policy": cfg.optim.lr, "critic": cfg.optim.critic_lr}
+    optimizer = Optimizer(policy.parameter_groups(), lrs, betas=cfg.optim.betas, weight_decay=cfg.optim.weight_decay,
+                          max_grad_norm=cfg.optim.max_grad_norm)
 
     heldout = draw(range(len(heldout_task)), min(cfg.eval.prompts, len(heldout_task)), seed=0, step=0)
-    return Parts(policy, reference, tokenizer, optimizer, sampling_rule(policy, tokenizer, cfg.sampling.temperature),
+    return Parts(
+        policy, reference, tokenizer, optimizer, sampling_rule(policy, tokenizer, cfg.sampling.temperature),
         sampler, reward, advantage, loss, kl_ref, kl_old,
         train=that_fit(cfg, policy, tokenizer, [task[i] for i in range(len(task))], "train", console),
         heldout=that_fit(cfg, policy, tokenizer, [heldout_task[i] for i in heldout], "held-out", console),
-        solved=lambda example, reply: total(task.score(example, reply)) >= 1)
+        solved=partial(solved, task.score))
 
 
-def total(score: float | dict[str, float]) -> float:
-    return sum(score.values()) if isinstance(score, dict) else score
+def solved(score: Callable[[Example, str], float | dict[str, float]], example: Example, reply: str) -> bool:
+    """Is a reply right: a score, or a sum of named parts, of at least 1."""
+    try:
+        scored = score(example, reply)
+    except Exception as error:  # somebody else's code may fail in any way
+        raise UserError(f"task.score raised {type(error).__name__}: {error} for the reply {reply!r}") from error
+    return (sum(scored.values()) if isinstance(scored, dict) else scored) >= 1
 
 
 def kl_terms(cfg: Config, console: Console) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:

@@ -89,17 +89,12 @@ def merge(old: dict, new: Any) -> dict:
         raise UserError(f"expected sections of key: value, got {new!r}")
     merged = dict(old)
     for key, value in new.items():
-        before = old.get(key)
         if key in PLUGINS and isinstance(value, str):
             value = {"name": value}
-        if (
-            key in PLUGINS
-            and isinstance(before, dict)
-            and isinstance(value, dict)
-            and value.get("name", before["name"]) != before["name"]
-        ):
-            before = None
-        merged[key] = merge(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+        before = old.get(key)
+        nested = isinstance(before, dict) and isinstance(value, dict)
+        another = nested and key in PLUGINS and value.get("name", before["name"]) != before["name"]
+        merged[key] = merge(before, value) if nested and not another else value
     return merged
 
 
@@ -130,11 +125,10 @@ def resolve(spec: Mapping[str, Any], table: Mapping[str, Callable], key: str = "
         checked = create_model("Options", **kinds)(**options)
     except ValidationError as error:
         mistake = error.errors()[0]
-        raise UserError(
-            f"{key}.{'.'.join(map(str, mistake['loc']))}={mistake['input']!r}: {mistake['msg'].lower()}"
-            if mistake["type"] != "missing"
-            else f"{name} needs {key}.{mistake['loc'][0]}"
-        ) from error
+        option = f"{key}.{'.'.join(map(str, mistake['loc']))}"
+        if mistake["type"] == "missing":
+            raise UserError(f"{name} needs {option}") from error
+        raise UserError(f"{option}={mistake['input']!r}: {mistake['msg'].lower()}") from error
     return functools.partial(function, **{n: getattr(checked, n) for n in known})
 
 

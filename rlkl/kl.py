@@ -38,7 +38,7 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 KL = {"k1": k1, "k2": k2, "k3": k3}
 
 
-# Loss terms, (B, T). Samples come from pi_old = pi (first update); the gradient flows through `new`.
+# Loss terms, (B, T). Where nothing else is said the samples must come from pi itself: pi_old = pi, the first update.
 def ref_k2(new: Evaluation, batch: Batch) -> Tensor:
     """k2 to the reference: on-policy, its expected gradient is that of KL(pi || ref) at each token."""
     return k2(new.logprobs, batch.ref_logprobs)
@@ -47,6 +47,34 @@ def ref_k2(new: Evaluation, batch: Batch) -> Tensor:
 def ref_k3(new: Evaluation, batch: Batch) -> Tensor:
     """k3 to the reference (GRPO, Shao et al. 2024, eq. 4): its expected gradient is that of KL(ref || pi)."""
     return k3(new.logprobs, batch.ref_logprobs)
+
+
+def ref_k3_straight_through(new: Evaluation, batch: Batch) -> Tensor:
+    """The value of k3 with the gradient of k2, that of KL(pi || ref) at each token (verl's `k3+`)."""
+    value, gradient = ref_k3(new, batch), ref_k2(new, batch)
+    return gradient - gradient.detach() + value.detach()
+
+
+def wk3_token(new: Evaluation, batch: Batch) -> Tensor:
+    """w_t · k3_t, w = pi/pi_old differentiable: right at each token, any pi_old (DeepSeek-V3.2, arXiv:2512.02556)."""
+    return (new.logprobs - batch.old_logprobs).clamp(-20, 20).exp() * ref_k3(new, batch)
+
+
+def wk3_prefix(new: Evaluation, batch: Batch) -> Tensor:
+    """w_1 ··· w_t · k3_t, differentiable: the exact gradient of the *sequence's* KL(pi || ref), for any pi_old.
+
+    A token is charged for the KL of all that follows it; the price is the variance of the product.
+    """
+    prefix = (new.logprobs - batch.old_logprobs).masked_fill(~batch.mask, 0.0).cumsum(1)
+    return prefix.clamp(-20, 20).exp() * ref_k3(new, batch)
+
+
+def k2_sequence(new: Evaluation, batch: Batch) -> Tensor:
+    """(Σ_t u_t)² / 2 of the whole reply, spread over its tokens as sg(Σ u) · u_t: on-policy the gradient of the
+    sequence's KL(pi || ref). The square of the sum, not the sum of the squares.
+    """
+    u = k1(new.logprobs, batch.ref_logprobs).masked_fill(~batch.mask, 0.0)
+    return u.detach().sum(1, keepdim=True) * u
 
 
 def old_k2(new: Evaluation, batch: Batch) -> Tensor:
@@ -59,7 +87,10 @@ def old_k3(new: Evaluation, batch: Batch) -> Tensor:
     return k3(batch.old_logprobs, new.logprobs)
 
 
-KL_LOSSES = {"k2": ref_k2, "k3": ref_k3}  # kl_ref.place = loss
+KL_LOSSES = {  # kl_ref.place = loss
+    "k2": ref_k2, "k3": ref_k3, "k3+": ref_k3_straight_through,
+    "wk3_token": wk3_token, "wk3_prefix": wk3_prefix, "k2_sequence": k2_sequence,
+}
 KL_OLD_LOSSES = {"k2": old_k2, "k3": old_k3}  # kl_old
 
 

@@ -27,8 +27,7 @@ class Critic(nn.Module):
         weight = lm.get_output_embeddings().weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=dtype)
-        nn.init.zeros_(
-            self.head.weight)  # V = 0 at the start: a random head gives a first critic gradient in the hundreds
+        nn.init.zeros_(self.head.weight)  # V = 0 at first: a random head gives critic gradients in the hundreds
         nn.init.zeros_(self.head.bias)
 
     def forward(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -36,7 +35,8 @@ class Critic(nn.Module):
         if self.backbone is not None:
             hidden = trajectory(self.backbone, batch)
         values = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
-        return values[:, :-1] * batch.mask, values.gather(1, batch.attended.sum(1, keepdim=True)).squeeze(1)
+        last = values.gather(1, batch.attended.sum(1, keepdim=True)).squeeze(1)
+        return values[:, :-1].masked_fill(~batch.mask, 0.0), last
 
 
 class Policy(nn.Module):
@@ -75,8 +75,9 @@ class Policy(nn.Module):
         if reference is not None:
             with torch.no_grad():
                 ref_hidden = (reference.states(batch) if batch.ref_states is None else batch.ref_states)[mask]
-        stats = token_logprobs(hidden[:, :-1][mask], self.head, batch.response_ids[mask], temperature=batch.temperature,
-            ref_hidden=ref_hidden, ref_head=reference.head if reference is not None else None)
+        ref_head = None if reference is None else reference.head
+        stats = token_logprobs(hidden[:, :-1][mask], self.head, batch.response_ids[mask],
+                               temperature=batch.temperature, ref_hidden=ref_hidden, ref_head=ref_head)
         per_token = [None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in stats]
         values = (None, None) if self.critic is None else self.critic(hidden, batch)
         return Evaluation(per_token[0], per_token[1], *values, *per_token[2:])

@@ -12,8 +12,8 @@ from rlkl.losses import Loss
 from rlkl.types import Batch, Evaluation
 
 
-def check_plugins(advantage: Callable[..., tuple[Tensor, Tensor | None]], loss: Callable[[Evaluation, Batch], Loss], *,
-        names: tuple[str, str], group_size: int, critic: bool) -> None:
+def check_plugins(advantage: Callable[..., tuple[Tensor, Tensor | None]], loss: Callable[[Evaluation, Batch], Loss],
+                  names: tuple[str, str], *, group_size: int, critic: bool) -> None:
     """Run both on two random prompts. UserError where they raise, give wrong shapes, or could never teach anything."""
     batch, new = random_batch(2 * group_size, critic)
     with torch.random.fork_rng(devices=[]):

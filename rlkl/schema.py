@@ -54,7 +54,7 @@ class Model:
 class Sampling:
     backend: Plugin = plugin("cached")
     """rollout backend: naive or cached, the same tokens from either"""
-    prompts: PositiveInt = 32
+    prompts: PositiveInt = 64
     """N, prompts per step"""
     group_size: PositiveInt = 8
     """G, replies per prompt"""
@@ -73,7 +73,7 @@ class KLRef:
     place: Literal["reward", "loss"] = "reward"
     """where KL(pi || ref) is charged"""
     estimator: str = "k1"
-    """in the reward: k1 (k2, k3 are traps); in the loss: k2, k3"""
+    """in the reward: k1 (k2, k3 are traps); in the loss: k2, k3, k3+, wk3_token, wk3_prefix, k2_sequence"""
     coef: NonNegativeFloat = 0.0
     """beta; 0 = off"""
     target: PositiveFloat | None = None
@@ -104,7 +104,7 @@ class Optim:
     """of the critic"""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """of both learning rates, down to 0 at the last step"""
-    warmup: NonNegativeInt = 0
+    warmup: NonNegativeInt = 20
     """steps over which the learning rates rise from 0"""
     critic_warmup: NonNegativeInt = 0
     """first steps in which only the critic moves"""
