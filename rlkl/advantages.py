@@ -16,22 +16,24 @@ Credit = tuple[Tensor, Tensor | None]
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, group_size: int = 1, gamma: float = 1.0, lam: float = 0.95,
-        lam_critic: float | None = None, whiten: bool = True) -> Credit:
+        lam_critic: float | None = None, lam_alpha: float = 0.0, whiten: bool = True) -> Credit:
     """Generalised advantage estimation, one reply = one episode (Schulman et al. 2016, arXiv:1506.02438, eq. 16).
 
     A_t = δ_t + γλ A_{t+1},  δ_t = r_t + γ V_{t+1} - V_t,  V after the last token = 0; returns = A + V.
     Advantages are whitened afterwards.
     `lam_critic` gives the value targets a λ of their own (VC-PPO, Yuan et al. 2025, arXiv:2503.01491).
+    `lam_alpha` > 0 replaces `lam` by 1 - 1/(lam_alpha · length), at least 0 (VAPO, Yue et al. 2025, arXiv:2504.05118).
     """
     if values is None:
         raise ValueError("gae needs a critic: set model.critic to head or network")
-    advantages = _gae(rewards, values, mask, gamma, lam)
+    lams = 1 - 1 / (lam_alpha * mask.sum(1)).clamp_min(1) if lam_alpha else lam
+    advantages = _gae(rewards, values, mask, gamma, lams)
     targets = advantages if lam_critic is None else _gae(rewards, values, mask, gamma, lam_critic)
     returns = (targets + values).masked_fill(~mask, 0.0)
     return (whitened(advantages, mask) if whiten else advantages), returns
 
 
-def _gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+def _gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> Tensor:
     next_value, running, columns = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0]), []
     for r, v, m in zip(rewards.flip(1).unbind(1), values.flip(1).unbind(1), mask.flip(1).unbind(1), strict=True):
         running = torch.where(m, r + gamma * next_value - v + gamma * lam * running, running)
@@ -73,6 +75,90 @@ def rloo(rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_size: in
     return _spread(centred * (group_size / max(group_size - 1, 1)), mask), None
 
 
+def opo(rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_size: int) -> Credit:
+    """R - b, b = Σ_j l_j R_j / Σ_j l_j over the samples of a prompt (OPO, Hao et al. 2025, arXiv:2505.23585).
+
+    l is the length. The baseline of least variance, if the squared norm of a reply's score function grows with it.
+    """
+    centred = _centred(rewards, mask, group_size)[1]
+    lengths = rearrange(mask.sum(1), "(n g) -> n g", g=group_size)
+    shift = (lengths * centred).sum(1, keepdim=True) / lengths.sum(1, keepdim=True).clamp_min(1)  # b - mean
+    return _spread(centred - shift, mask), None
+
+
+def maxrl(rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_size: int) -> Credit:
+    """(R - mean) / mean over the samples of a prompt, 0 if none scored: ascends log p(correct) (arXiv:2602.02710).
+
+    ValueError on negative scores, where the mean is no probability, and on a KL in the reward.
+    """
+    _refuse_token_rewards("maxrl", rewards, mask)
+    returns, centred = _centred(rewards, mask, group_size)
+    if (returns < 0).any():
+        raise ValueError(f"maxrl divides by the mean score, so scores must be >= 0; one is {returns.min().item():.4g}")
+    mean = returns.mean(1, keepdim=True)
+    return _spread(torch.where(mean > 0, centred / mean, 0.0), mask), None
+
+
+def pass_at_k(rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_size: int, k: int = 2) -> Credit:
+    """Of a set of k samples, which passes if one of them does: the mean advantage of the sets a reply is in.
+
+    The analytic form (Chen et al. 2025, arXiv:2508.10751), W of the N samples wrong: p = 1 - C(W,k)/C(N,k),
+    σ² = p(1-p), A = (1-p)/σ if right, (1-p - C(W-1,k-1)/C(N-1,k-1))/σ if wrong; 0 where every set, or none, passes.
+    ValueError on scores other than 0 and 1, and on a KL in the reward.
+    """
+    if not 1 <= k <= max(group_size, 2):
+        raise ValueError(f"pass_at_k needs 1 <= k <= group_size; k is {k}, group_size {group_size}")
+    _refuse_token_rewards("pass_at_k", rewards, mask)
+    right = _centred(rewards, mask, group_size)[0]
+    if (odd := right[(right != 0) & (right != 1)]).numel():
+        raise ValueError(f"pass_at_k needs scores of 0 (wrong) or 1 (right); one is {odd[0].item():.4g}")
+    wrong = group_size - right.sum(1, keepdim=True)
+    fails = _all_wrong(wrong, group_size, k)
+    fails_with_me = _all_wrong(wrong - 1, group_size - 1, k - 1)
+    std = (fails * (1 - fails)).sqrt()
+    advantages = torch.where(right == 1, fails, fails - fails_with_me) / std
+    return _spread(advantages.masked_fill(std == 0, 0.0), mask), None
+
+
+def _all_wrong(wrong: Tensor, total: int, k: int) -> Tensor:
+    """C(wrong, k) / C(total, k): k draws without replacement are all among the wrong ones."""
+    drawn = torch.arange(k, device=wrong.device)
+    return ((wrong[..., None] - drawn).clamp_min(0) / (total - drawn).clamp_min(1)).prod(-1)
+
+
+def _refuse_token_rewards(name: str, rewards: Tensor, mask: Tensor) -> None:
+    """A KL in the reward shows as pay on tokens that are not the last of their row."""
+    early = mask & (mask.flip(1).cumsum(1).flip(1) > 1)
+    if rewards[early].any():
+        raise ValueError(f"{name} takes one score per reply, but tokens before the last are paid too, as by a KL in "
+            "the reward: set kl_ref.place=loss or kl_ref.coef=0")
+
+
+def reinforce_pp(
+    rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_size: int = 1, gamma: float = 1.0
+) -> Credit:
+    """Return-to-go Σ_s γ^(s-t) r_s, whitened over all tokens (REINFORCE++, Hu 2025, arXiv:2501.03262)."""
+    return whitened(_gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0), mask), None
+
+
+def reinforce_pp_baseline(rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_size: int) -> Credit:
+    """R - mean over the samples of a prompt, whitened over all tokens (Hu 2025, arXiv:2501.03262).
+
+    Whitening shifts all tokens until their mean is 0; a unanimous group, which tells nothing, is 0 all the same.
+    """
+    centred = _centred(rewards, mask, group_size)[1]
+    informative = _spread(centred.ne(0).any(1, keepdim=True).expand_as(centred), mask)
+    return whitened(_spread(centred, mask), mask).masked_fill(~informative, 0.0), None
+
+
+def remax(rewards: Tensor, values: Tensor, mask: Tensor, *, group_size: int = 1) -> Credit:
+    """Return-to-go minus the greedy reply's score, which `values` holds (ReMax, Li et al. 2024, arXiv:2310.10505)."""
+    if values is None:
+        raise ValueError("remax needs a baseline: the score of each prompt's greedy reply, in `values`")
+    to_go = _gae(rewards, torch.zeros_like(rewards), mask, 1.0, 1.0)
+    return (to_go - values).masked_fill(~mask, 0.0), None
+
+
 def _centred(rewards: Tensor, mask: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """(n g) summed rewards, and their deviation from the group's mean: exactly 0 if the group is unanimous."""
     if len(mask) % group_size:
@@ -87,4 +173,7 @@ def _spread(per_row: Tensor, mask: Tensor) -> Tensor:
     return rearrange(per_row, "n g -> (n g) 1").expand(mask.shape).masked_fill(~mask, 0.0)
 
 
-ADVANTAGES = {"gae": gae, "grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}
+ADVANTAGES = {
+    "gae": gae, "grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo, "opo": opo, "maxrl": maxrl, "pass_at_k": pass_at_k,
+    "reinforce_pp": reinforce_pp, "reinforce_pp_baseline": reinforce_pp_baseline, "remax": remax,
+}

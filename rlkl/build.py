@@ -71,7 +71,8 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
     sampler = resolve(cfg.sampling.backend, SAMPLERS, "sampling.backend")
     advantage, loss = resolve(cfg.advantage, ADVANTAGES, "advantage"), resolve(cfg.loss, LOSSES, "loss")
     names = cfg.advantage["name"], cfg.loss["name"]
-    check_plugins(advantage, loss, names, group_size=cfg.sampling.group_size, critic=cfg.model.critic != "none")
+    check_plugins(advantage, loss, names, group_size=cfg.sampling.group_size, critic=cfg.model.critic != "none",
+                  dense=cfg.kl_ref.coef > 0 and cfg.kl_ref.place == "reward")
     kl_ref, kl_old = kl_terms(cfg, console)
     make_task = resolve(cfg.task, TASKS, "task")
     task, heldout_task = make_task("train"), make_task("heldout")

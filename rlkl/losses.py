@@ -28,7 +28,11 @@ def clipped_surrogate(
     The trust region: once w has moved past the clip in the direction A asks for, the token's gradient is zero.
     """
     ratio = importance_ratio(logprobs, old_logprobs)
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages), ratio
+    return _pessimistic(ratio, advantages, low, high), ratio
+
+
+def _pessimistic(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
 
 def clipped_tokens(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
@@ -75,7 +79,130 @@ def surrogate(new: Evaluation, batch: Batch, *, entropy_coef: float = 0.0) -> Lo
     return policy - entropy_coef * new.entropy, {"policy_loss": policy, "ratio": ratio}
 
 
-LOSSES = {"ppo": ppo, "grpo": grpo, "surrogate": surrogate}
+def reinforce(new: Evaluation, batch: Batch, *, entropy_coef: float = 0.0) -> Loss:
+    """-A log pi, without a ratio: on-policy only (Williams 1992). Weights: constant."""
+    policy = -batch.advantages * new.logprobs
+    ratio = importance_ratio(new.logprobs, batch.old_logprobs)
+    return policy - entropy_coef * new.entropy, {"policy_loss": policy, "ratio": ratio}
+
+
+def gspo(
+    new: Evaluation, batch: Batch, *, clip: float = 3e-4, clip_high: float = 4e-4, entropy_coef: float = 0.0
+) -> Loss:
+    """Clipped surrogate of the reply's ratio s = exp(mean_t log w_t) (GSPO, Zheng et al. 2025, arXiv:2507.18071).
+
+    In the token form, s_t = sg(s) · pi/sg(pi): each token has the value of s and the gradient of its own log-prob, so
+    that A may differ from token to token. The clip is that small because a mean of log-ratios is. Weights: sequence.
+    """
+    mean = _row_mean(new.logprobs.detach() - batch.old_logprobs, batch.mask)
+    ratio = mean.clamp(-20, 20).exp() * (new.logprobs - new.logprobs.detach()).exp()
+    policy = _pessimistic(ratio, batch.advantages, clip, clip_high)
+    clipped = clipped_tokens(ratio, batch.advantages, clip, clip_high)
+    return policy - entropy_coef * new.entropy, {"policy_loss": policy, "ratio": ratio, "clip_fraction": clipped}
+
+
+def gmpo(
+    new: Evaluation, batch: Batch, *, clip: float = 0.4, clip_high: float = 0.4, entropy_coef: float = 0.0
+) -> Loss:
+    """-A exp(mean_t d_t), d = log w clipped on A's side (GMPO, Zhao et al. 2025, arXiv:2507.20673). Weights: sequence.
+
+    The geometric mean of the reply's ratios, each held in log space before it enters, to at most clip_high where A > 0
+    and at least -clip elsewhere. A token past its clip has no gradient; the others have the reply's, on equal shares.
+    """
+    a, log_ratio = batch.advantages, new.logprobs - batch.old_logprobs
+    held = torch.where(a > 0, log_ratio.clamp(max=clip_high), log_ratio.clamp(min=-clip))
+    ratio = _row_mean(held, batch.mask).clamp(-20, 20).exp().expand_as(held)
+    policy, clipped = -a * ratio, (held != log_ratio).to(held.dtype)
+    return policy - entropy_coef * new.entropy, {"policy_loss": policy, "ratio": ratio, "clip_fraction": clipped}
+
+
+def cispo(new: Evaluation, batch: Batch, *, cap: float = 5.0, entropy_coef: float = 0.0) -> Loss:
+    """-sg(min(w, cap)) A log pi: a truncated weight, no dead token (MiniMax 2025, arXiv:2506.13585). Weights: token.
+
+    `cap` bounds w itself, as in ScaleRL and TRL. verl clips w to [1-low, 1+high], which is another loss: small w rise.
+    """
+    ratio = importance_ratio(new.logprobs, batch.old_logprobs)
+    policy = -ratio.clamp(max=cap).detach() * batch.advantages * new.logprobs
+    return policy - entropy_coef * new.entropy, {
+        "policy_loss": policy, "ratio": ratio, "cap_fraction": (ratio > cap).to(ratio.dtype)}
+
+
+def sapo(
+    new: Evaluation, batch: Batch, *, tau: float = 1.0, tau_negative: float = 1.05, entropy_coef: float = 0.0
+) -> Loss:
+    """-A · 4/τ · σ(τ(w-1)): a gate that closes smoothly (SAPO, Gao et al. 2025, arXiv:2511.20347). Weights: sequence.
+
+    τ = tau where A > 0, else tau_negative: what is punished may move less, as it frees mass for tokens nobody chose.
+    """
+    ratio, a = importance_ratio(new.logprobs, batch.old_logprobs), batch.advantages
+    t = torch.where(a > 0, tau, torch.full_like(a, tau_negative))
+    policy = -a * torch.sigmoid(t * (ratio - 1)) * 4 / t
+    return policy - entropy_coef * new.entropy, {"policy_loss": policy, "ratio": ratio}
+
+
+def dppo_tv(new: Evaluation, batch: Batch, *, clip: float = 0.15, clip_high: float | None = None, cap: float = 10.0,
+        entropy_coef: float = 0.0) -> Loss:
+    """-sg(min(w, cap)) M A log pi, M = 0 once |pi - mu| > clip in A's direction (arXiv:2602.04879). Weights: token.
+
+    DPPO-Binary-TV: the total variation between (this token, any other) under pi and under mu, the policy that sampled.
+    So a rare token may double where PPO stops it, and a likely one stops where PPO lets go. w = pi/pi_old, as in every
+    loss here: pi_old/mu, by which the sampler differs, is a factor of A (TIS).
+    """
+    moved = new.logprobs.exp() - batch.sampler_logprobs.exp()
+    return _masked_policy_gradient(new, batch, moved, moved.abs(), clip, clip_high, cap, entropy_coef)
+
+
+def dppo_kl(new: Evaluation, batch: Batch, *, clip: float = 0.05, clip_high: float | None = None, cap: float = 10.0,
+        entropy_coef: float = 0.0) -> Loss:
+    """dppo_tv with KL(mu || pi) of (this token, any other) for |pi - mu|: DPPO-Binary-KL. Weights: token."""
+    pi, mu = new.logprobs.exp(), batch.sampler_logprobs.exp()
+    not_pi, not_mu = ((1 - p).clamp_min(0) + 1e-8 for p in (pi, mu))
+    divergence = mu * (batch.sampler_logprobs - new.logprobs) + (1 - mu) * (not_mu / not_pi).log()
+    return _masked_policy_gradient(new, batch, pi - mu, divergence, clip, clip_high, cap, entropy_coef)
+
+
+def _masked_policy_gradient(new: Evaluation, batch: Batch, moved: Tensor, divergence: Tensor, clip: float,
+        clip_high: float | None, cap: float, entropy_coef: float) -> Loss:
+    high, a = clip if clip_high is None else clip_high, batch.advantages
+    ratio = importance_ratio(new.logprobs, batch.old_logprobs)
+    outside = (a > 0) & (moved > 0) & (divergence > high) | (a < 0) & (moved < 0) & (divergence > clip)
+    policy = (-ratio.clamp(max=cap).detach() * a * new.logprobs).masked_fill(outside, 0.0)
+    return policy - entropy_coef * new.entropy, {
+        "policy_loss": policy, "ratio": ratio, "clip_fraction": outside.to(ratio.dtype)}
+
+
+def topr(new: Evaluation, batch: Batch, *, entropy_coef: float = 0.0) -> Loss:
+    """-sg(c) A log pi, c = 1 where A >= 0, else min(W, 1), W = Π_t w_t (Le Roux et al. 2025, arXiv:2503.14286).
+
+    Tapered off-policy REINFORCE: good replies are imitated however old; bad ones lose their weight as pi leaves them.
+    Weights: constant.
+    """
+    whole = (new.logprobs - batch.old_logprobs).detach().masked_fill(~batch.mask, 0.0).sum(1, keepdim=True)
+    taper = torch.where(batch.advantages < 0, whole.clamp(-20, 0).exp(), 1.0)
+    policy = -taper * batch.advantages * new.logprobs
+    ratio = importance_ratio(new.logprobs, batch.old_logprobs)
+    return policy - entropy_coef * new.entropy, {"policy_loss": policy, "ratio": ratio}
+
+
+def spo(new: Evaluation, batch: Batch, *, clip: float = 0.2, entropy_coef: float = 0.0) -> Loss:
+    """-(w A - |A|/(2 clip) (w-1)²): best at w = 1 ± clip, pulled back beyond (SPO, Xie et al. 2024, arXiv:2401.16025).
+
+    The parabola's top is where PPO's clip begins, so no gradient is dead but there. Weights: token.
+    """
+    ratio, a = importance_ratio(new.logprobs, batch.old_logprobs), batch.advantages
+    policy = a.abs() / (2 * clip) * (ratio - 1).square() - ratio * a
+    return policy - entropy_coef * new.entropy, {"policy_loss": policy, "ratio": ratio}
+
+
+def _row_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """(B, 1) mean over the tokens of a reply."""
+    return x.masked_fill(~mask, 0.0).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
+
+
+LOSSES = {
+    "ppo": ppo, "grpo": grpo, "surrogate": surrogate, "reinforce": reinforce, "gspo": gspo, "gmpo": gmpo,
+    "cispo": cispo, "sapo": sapo, "dppo_tv": dppo_tv, "dppo_kl": dppo_kl, "topr": topr, "spo": spo,
+}
 
 
 def token_weights(

@@ -9,13 +9,19 @@ from torch import Tensor
 
 from rlkl.errors import UserError
 from rlkl.losses import Loss
+from rlkl.rewards import token_rewards
 from rlkl.types import Batch, Evaluation
 
 
 def check_plugins(advantage: Callable[..., tuple[Tensor, Tensor | None]], loss: Callable[[Evaluation, Batch], Loss],
-                  names: tuple[str, str], *, group_size: int, critic: bool) -> None:
-    """Run both on two random prompts. UserError where they raise, give wrong shapes, or could never teach anything."""
+                  names: tuple[str, str], *, group_size: int, critic: bool, dense: bool = False) -> None:
+    """Run both on two random prompts. UserError where they raise, give wrong shapes, or could never teach anything.
+
+    `dense`: every token is paid, as with KL in the reward, and not the last one alone.
+    """
     batch, new = random_batch(2 * group_size, critic)
+    if dense:  # as with KL in the reward
+        batch.rewards = batch.rewards + 0.1 * batch.old_logprobs
     with torch.random.fork_rng(devices=[]):
         try:
             batch.advantages, batch.returns = advantage(batch.rewards, batch.values, batch.mask, group_size=group_size)
@@ -55,10 +61,10 @@ def random_batch(rows: int, critic: bool, columns: int = 4, seed: int = 0) -> tu
 
     mask = torch.arange(columns) < torch.randint(1, columns + 1, (rows, 1), generator=g)
     ids, ones = torch.zeros(rows, columns, dtype=torch.long), torch.ones(rows, columns, dtype=torch.bool)
-    old = -normal().abs()
+    old, scores = -normal().abs(), torch.arange(rows) % 2  # right and wrong in every group of two or more
     batch = Batch(ids, ones, ids, mask, old, torch.zeros(rows, dtype=torch.bool), old_logprobs=old,
-        ref_logprobs=old - 0.1 * normal(), values=normal() if critic else None, rewards=normal(),
-        old_entropy=normal().abs())
+                  ref_logprobs=old - 0.1 * normal(), values=normal() if critic else None,
+                  rewards=token_rewards(scores.float(), mask), old_entropy=normal().abs())
     new = Evaluation((old + 0.1 * normal()).requires_grad_(), normal().abs().requires_grad_(),
-        normal().requires_grad_() if critic else None, torch.zeros(rows) if critic else None)
+                     normal().requires_grad_() if critic else None, torch.zeros(rows) if critic else None)
     return batch, new

@@ -175,9 +175,9 @@ class Config:
     truncation: Literal["terminal", "bootstrap", "mask"] = "terminal"
     """a reply that ran out of room: is over, is worth gamma V(s_T) more, or is not trained on"""
     advantage: Plugin = plugin("grpo")
-    """gae, grpo, dr_grpo, rloo or file.py:function"""
+    """gae, grpo, dr_grpo, rloo, opo, maxrl, pass_at_k, reinforce_pp, reinforce_pp_baseline or file.py:function"""
     loss: Plugin = plugin("grpo")
-    """ppo, grpo, surrogate or file.py:function"""
+    """ppo, grpo, surrogate, reinforce, gspo, gmpo, cispo, sapo, dppo_tv, dppo_kl, topr, spo or file.py:function"""
     kl_ref: KLRef = field(default_factory=KLRef)
     kl_old: KLOld = field(default_factory=KLOld)
     optim: Optim = field(default_factory=Optim)

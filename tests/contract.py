@@ -18,7 +18,7 @@ from rlkl.types import Batch, Evaluation
 B, T, G = 6, 5, 3  # two prompts, three replies each, of 5, 1, 3, 2, 4 and 3 tokens
 LENGTHS = (5, 1, 3, 2, 4, 3)
 TABLES = {"loss": LOSSES, "advantage": ADVANTAGES}
-STOPS_GRADIENT: set[str] = set()  # built-in losses with a detach: their gradient is not that of their value
+STOPS_GRADIENT = {"gspo", "cispo", "dppo_tv", "dppo_kl", "topr"}  # detached: their gradient is not that of their value
 NOT_REINFORCE: set[str] = set()  # built-in losses whose gradient at ratio 1 is not -A
 
 
@@ -176,17 +176,33 @@ def test_the_policy_term_of_a_loss_scales_with_the_advantage(loss):
 
 
 # Advantages
-def credit(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Float64 rewards and values with NaN behind the mask, and a mask with a hole in one row."""
+def credit(seed: int = 0, scored: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Float64 rewards and values with NaN behind the mask, and a mask with a hole in one row.
+
+    `scored`: rewards are 0, and 0 or 1 on a row's last token, instead of anything anywhere.
+    """
     g = torch.Generator().manual_seed(seed)
     mask = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
     mask[4, 1] = False
     rewards, values = torch.randn(2, B, T, generator=g, dtype=torch.float64).masked_fill(~mask, float("nan"))
+    if scored:
+        right = torch.tensor([[1.0], [0.0], [0.0], [0.0], [1.0], [1.0]], dtype=torch.float64)
+        rewards = (right * (torch.arange(T) == torch.tensor(LENGTHS)[:, None] - 1)).masked_fill(~mask, float("nan"))
     return rewards, values, mask
 
 
-def test_an_advantage_gives_one_number_a_token_and_zero_behind_the_mask(advantage):
-    rewards, values, mask = credit()
+@pytest.fixture
+def scored(advantage):
+    """Whether the advantage refuses rewards on every token, as a KL in the reward gives, and may: with a ValueError."""
+    try:
+        advantage(*credit(), group_size=G)
+    except ValueError:
+        return True
+    return False
+
+
+def test_an_advantage_gives_one_number_a_token_and_zero_behind_the_mask(advantage, scored):
+    rewards, values, mask = credit(scored=scored)
     advantages, targets = advantage(rewards, values, mask, group_size=G)
     for x in (advantages, targets):
         if x is not None:
@@ -204,8 +220,8 @@ def test_the_options_of_an_advantage_are_keywords(advantage):
     assert "group_size" in {p.name for p in parameters[3:]}
 
 
-def test_an_advantage_writes_to_nothing_it_is_given(advantage):
-    given = credit()
+def test_an_advantage_writes_to_nothing_it_is_given(advantage, scored):
+    given = credit(scored=scored)
     before = [x.clone() for x in given]
     advantage(*given, group_size=G)
     for was, x in zip(before, given, strict=True):
@@ -213,9 +229,9 @@ def test_an_advantage_writes_to_nothing_it_is_given(advantage):
 
 
 @pytest.mark.parametrize("junk", [0.0, -1e6, float("inf"), float("nan")])
-def test_what_lies_behind_the_mask_changes_no_advantage(advantage, junk):
+def test_what_lies_behind_the_mask_changes_no_advantage(advantage, junk, scored):
     """Other numbers there, and three more columns."""
-    rewards, values, mask = credit()
+    rewards, values, mask = credit(scored=scored)
     wide = torch.nn.functional.pad(mask, (0, 3))
     other = [torch.nn.functional.pad(x, (0, 3)).masked_fill(~wide, junk) for x in (rewards, values)]
     expected = advantage(rewards, values, mask, group_size=G)
@@ -226,8 +242,8 @@ def test_what_lies_behind_the_mask_changes_no_advantage(advantage, junk):
             assert x[:, T:].eq(0).all()
 
 
-def test_the_order_of_the_groups_does_not_matter(advantage):
-    rewards, values, mask = credit()
+def test_the_order_of_the_groups_does_not_matter(advantage, scored):
+    rewards, values, mask = credit(scored=scored)
     order = [3, 4, 5, 0, 1, 2]
     expected = advantage(rewards, values, mask, group_size=G)
     for x, y in zip(advantage(rewards[order], values[order], mask[order], group_size=G), expected, strict=True):
@@ -236,10 +252,10 @@ def test_the_order_of_the_groups_does_not_matter(advantage):
 
 
 @pytest.mark.parametrize("group_size", [1, 2, 3, 6])
-def test_degenerate_groups_stay_finite(advantage, group_size):
+def test_degenerate_groups_stay_finite(advantage, group_size, scored):
     """Groups of one, equal scores (float32, 0.7), one token a row, rows without a token, one row alone."""
     mask = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
-    equal = torch.zeros(B, T).index_put((torch.arange(B), mask.sum(1) - 1), torch.tensor(0.7))
+    equal = torch.zeros(B, T).index_put((torch.arange(B), mask.sum(1) - 1), torch.tensor(1.0 if scored else 0.7))
     first, none = torch.arange(T).expand(B, T) < 1, torch.zeros(B, T, dtype=torch.bool)
     empty_row = mask & (torch.arange(B) != 2)[:, None]
     for m in (mask, first, first[:group_size], empty_row, none, mask[:group_size]):

@@ -1,15 +1,32 @@
 """Credit assignment: GAE is the double sum over the tokens that exist, group estimators are the textbook's numbers."""
 
 import inspect
+import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkl.advantages import ADVANTAGES, dr_grpo, gae, grpo, rloo, whitened
+from rlkl.advantages import (
+    ADVANTAGES,
+    dr_grpo,
+    gae,
+    grpo,
+    maxrl,
+    opo,
+    pass_at_k,
+    reinforce_pp,
+    reinforce_pp_baseline,
+    remax,
+    rloo,
+    whitened,
+)
 
 GROUP = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}
+ONE_SCORE = {"maxrl": maxrl, "pass_at_k": pass_at_k}  # no pay on any token but the last
+BY_GROUP = GROUP | ONE_SCORE | {"opo": opo, "reinforce_pp_baseline": reinforce_pp_baseline}
 RAGGED = [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0]]
 HOLES = [[1, 0, 0, 1, 1, 0, 1], [0, 0, 1, 1, 0, 1, 0], [0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 0]]
 BAD = float("nan")
@@ -110,6 +127,18 @@ def test_gae_whitens_by_default_and_never_the_returns():
     assert torch.equal(returns, same)
 
 
+@pytest.mark.parametrize(
+    ("alpha", "lams"), [(0.5, [5 / 7, 1 / 3, 0, 0.6]), (0.1, [0] * 4), (1.0, [6 / 7, 2 / 3, 0, 0.8])]
+)
+def test_lam_alpha_gives_each_row_the_lambda_of_its_length(alpha, lams):
+    """1 - 1/max(α·length, 1), rows of 7, 3, 1 and 5 tokens; `lam` is then not read."""
+    rewards, values, mask = problem(RAGGED)
+    got, _ = gae(rewards, values, mask, lam=0.123, lam_alpha=alpha, whiten=False)
+    for row, lam in enumerate(lams):
+        one, _ = gae(rewards[[row]], values[[row]], mask[[row]], lam=lam, whiten=False)
+        torch.testing.assert_close(got[[row]], one, atol=1e-6, rtol=0)
+
+
 def test_gae_without_values_names_the_missing_critic():
     rewards, _, mask = problem(RAGGED)
     with pytest.raises(ValueError, match=r"model\.critic"):
@@ -192,35 +221,158 @@ def test_rewards_on_several_tokens_are_summed_before_the_baseline(name):
     torch.testing.assert_close(got, expected.expand_as(got) * mask, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize(("name", "options"), [*((n, {}) for n in GROUP), ("grpo", {"scale": "batch"})])
-def test_a_unanimous_group_is_exactly_zero_beside_one_that_is_not(name, options):
+@pytest.mark.parametrize(("name", "options"), [*((n, {}) for n in BY_GROUP), ("grpo", {"scale": "batch"})])
+@pytest.mark.parametrize("score", [0.7, 1.0, 0.0])
+def test_a_unanimous_group_is_exactly_zero_beside_one_that_is_not(name, options, score):
     """Eight float32 rewards of 0.7 have mean 0.69999999 and std 6e-8: not zero unless it is made so."""
-    scores = torch.cat([torch.full((8,), 0.7), torch.arange(8.0)])
-    mask = torch.ones(16, 3, dtype=torch.bool)
-    got = GROUP[name](on_last(scores, mask), None, mask, group_size=8, **options)[0]
+    binary = name == "pass_at_k"
+    scores = torch.cat([torch.full((8,), round(score) if binary else score), torch.arange(8.0) % (2 if binary else 8)])
+    mask = torch.arange(3) < torch.tensor([3, 1, 2, 3] * 4)[:, None]
+    got = BY_GROUP[name](on_last(scores, mask), None, mask, group_size=8, **options)[0]
     assert got[:8].eq(0).all()
     assert got[8:].abs().sum() > 0
 
 
-@pytest.mark.parametrize(("name", "options"), [*((n, {}) for n in GROUP), ("grpo", {"scale": "batch"})])
+@pytest.mark.parametrize(("name", "options"), [*((n, {}) for n in BY_GROUP), ("grpo", {"scale": "batch"})])
 def test_a_group_of_one_is_exactly_zero(name, options):
-    rewards, _, mask = problem(RAGGED)
-    assert GROUP[name](rewards, None, mask, group_size=1, **options)[0].eq(0).all()
+    mask = torch.tensor(RAGGED, dtype=torch.bool)
+    rewards = on_last(torch.tensor([0.0, 1.0, 1.0, 0.0]), mask)
+    assert BY_GROUP[name](rewards, None, mask, group_size=1, **options)[0].eq(0).all()
 
 
-@pytest.mark.parametrize("name", GROUP)
+@pytest.mark.parametrize("name", BY_GROUP)
 def test_rows_that_do_not_divide_into_groups_are_refused(name):
-    rewards, _, mask = problem(RAGGED)
+    mask = torch.tensor(RAGGED, dtype=torch.bool)
     with pytest.raises(ValueError, match="4 rows do not divide into groups of 3"):
-        GROUP[name](rewards, None, mask, group_size=3)
+        BY_GROUP[name](on_last(torch.ones(4), mask), None, mask, group_size=3)
 
 
-@pytest.mark.parametrize("name", GROUP)
+@pytest.mark.parametrize("name", GROUP | {"opo": opo})
 def test_groups_are_consecutive_rows(name):
     """Rows "(n g)": the advantage of a group does not depend on the other group."""
     rewards, _, mask = problem(RAGGED)
-    alone = GROUP[name](rewards[2:], None, mask[2:], group_size=2)[0]
-    torch.testing.assert_close(GROUP[name](rewards, None, mask, group_size=2)[0][2:], alone, atol=0, rtol=0)
+    alone = BY_GROUP[name](rewards[2:], None, mask[2:], group_size=2)[0]
+    torch.testing.assert_close(BY_GROUP[name](rewards, None, mask, group_size=2)[0][2:], alone, atol=0, rtol=0)
+
+
+# OPO, MaxRL, pass@k, ReMax, REINFORCE++
+def staircase(scores: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """One group of four, of 1, 2, 3 and 4 tokens, scored on the last one: (rewards, mask)."""
+    mask = torch.arange(5) < torch.tensor([1, 2, 3, 4])[:, None]
+    return on_last(torch.tensor(scores, dtype=torch.float64), mask), mask
+
+
+def on_tokens(per_row: list[float], mask: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(per_row, dtype=torch.float64)[:, None] * mask
+
+
+@pytest.mark.parametrize(
+    ("estimator", "scores", "expected"),
+    [
+        (opo, [1, 2, 4, 9], [-4.3, -3.3, -1.3, 3.7]),  # b = (1·1 + 2·2 + 3·4 + 4·9) / 10 = 5.3
+        (maxrl, [1, 2, 4, 9], [-0.75, -0.5, 0.0, 1.25]),
+        (maxrl, [0, 0, 0, 0], [0.0, 0.0, 0.0, 0.0]),
+        (maxrl, [0, 0, 0, 1], [-1.0, -1.0, -1.0, 3.0]),
+        (pass_at_k, [1, 0, 0, 0], [1.0, -1 / 3, -1 / 3, -1 / 3]),
+        (pass_at_k, [1, 1, 1, 0], [0.0, 0.0, 0.0, 0.0]),  # every pair passes: nothing to gain
+        (pass_at_k, [1, 0, 1, 0], [5**-0.5, -(5**-0.5), 5**-0.5, -(5**-0.5)]),  # p = 5/6, 1/6 or 1/6 - 1/3, over √5/6
+    ],
+)
+def test_the_textbook_example_of_the_others(estimator, scores, expected):
+    rewards, mask = staircase(scores)
+    got, targets = estimator(rewards, None, mask, group_size=4)
+    assert targets is None
+    torch.testing.assert_close(got, on_tokens(expected, mask), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("size", "right", "k"), [(4, 1, 1), (4, 2, 2), (5, 1, 3), (6, 2, 3), (6, 1, 6), (5, 3, 2)])
+def test_pass_at_k_is_the_mean_over_all_sets_a_reply_is_in(size, right, k):
+    """Every set of k passes (1) or not (0), whitened over the sets; a reply gets the mean of those it belongs to."""
+    scores = torch.tensor([1.0] * right + [0.0] * (size - right), dtype=torch.float64)
+    sets = list(itertools.combinations(range(size), k))
+    passed = torch.tensor([float(any(scores[i] == 1 for i in s)) for s in sets], dtype=torch.float64)
+    std = passed.std(correction=0)
+    of_sets = (passed - passed.mean()) / std if std > 0 else 0 * passed
+    mine = [torch.tensor([i in s for s in sets]) for i in range(size)]
+    expected = [of_sets[m].mean() for m in mine]
+    got, _ = pass_at_k(scores[:, None], None, torch.ones(size, 1, dtype=torch.bool), group_size=size, k=k)
+    torch.testing.assert_close(got[:, 0], torch.stack(expected), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_pass_at_k_refuses_a_k_that_no_group_has(k):
+    rewards, mask = staircase([1, 0, 0, 0])
+    with pytest.raises(ValueError, match=f"k is {k}, group_size 4"):
+        pass_at_k(rewards, None, mask, group_size=4, k=k)
+
+
+def test_scores_that_mean_nothing_to_an_estimator_are_refused():
+    for estimator, scores, message in (
+        (pass_at_k, [1, 0, 0.7, 0], r"0 \(wrong\) or 1 \(right\); one is 0\.7"),
+        (maxrl, [1, 0, -0.5, 0], r">= 0; one is -0\.5"),
+    ):
+        rewards, mask = staircase(scores)
+        with pytest.raises(ValueError, match=message):
+            estimator(rewards, None, mask, group_size=4)
+
+
+def test_maxrl_and_pass_at_k_alone_refuse_a_kl_in_the_reward():
+    """Which is pay on tokens that are not the last of their row; NaN behind the mask is none."""
+    rewards, mask = staircase([1, 0, 0, 0])
+    paid = torch.where(mask, rewards - 0.01 * mask, BAD)
+    for name, estimator in ADVANTAGES.items():
+        estimator(rewards.masked_fill(~mask, BAD), torch.zeros_like(rewards), mask, group_size=4)
+        refuses = pytest.raises(ValueError, match=f"{name} .*kl_ref.place=loss") if name in ONE_SCORE else nullcontext()
+        with refuses:
+            estimator(paid, torch.zeros_like(rewards), mask, group_size=4)
+
+
+def test_the_last_token_is_the_last_of_the_mask():
+    """Of a row with holes too."""
+    mask = torch.tensor(HOLES[:2], dtype=torch.bool)
+    scores = torch.tensor([1.0, 0.0])
+    assert maxrl(on_last(scores, mask), None, mask, group_size=2)[0][mask].abs().eq(1).all()
+    with pytest.raises(ValueError, match="maxrl takes one score per reply"):
+        maxrl(on_last(scores, mask) + mask * torch.eye(7)[3], None, mask, group_size=2)
+
+
+@pytest.mark.parametrize("rows", [RAGGED, HOLES], ids=["ragged", "holes"])
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_reinforce_pp_whitens_the_return_to_go(rows, gamma):
+    rewards, _, mask = problem(rows)
+    expected = torch.zeros_like(rewards)
+    for row, m in enumerate(mask):
+        r = rewards[row][m].tolist()
+        to_go = [sum(gamma ** (s - t) * r[s] for s in range(t, len(r))) for t in range(len(r))]
+        expected[row, m] = torch.tensor(to_go, dtype=torch.float64)
+    got, targets = reinforce_pp(rewards, None, mask, gamma=gamma)
+    assert targets is None
+    torch.testing.assert_close(got, whitened(expected, mask), atol=1e-12, rtol=0)
+
+
+def test_reinforce_pp_baseline_whitens_the_deviations_over_tokens():
+    """[-3, -2, 0, 5] on 1, 2, 3 and 4 tokens: token mean 1.3, Bessel variance (9 + 8 + 100 - 16.9) / 9."""
+    rewards, mask = staircase([1, 2, 4, 9])
+    std = (100.1 / 9 + 1e-8) ** 0.5
+    got, _ = reinforce_pp_baseline(rewards, None, mask, group_size=4)
+    torch.testing.assert_close(got, on_tokens([(x - 1.3) / std for x in (-3, -2, 0, 5)], mask), atol=1e-12, rtol=0)
+
+
+def test_remax_subtracts_the_greedy_score_from_the_return_to_go():
+    """Greedy 3 of scores 1, 2, 4, 9; and a pay on the way is only that of the tokens before it."""
+    rewards, mask = staircase([1, 2, 4, 9])
+    greedy = torch.full_like(rewards, 3.0).masked_fill(~mask, BAD)
+    got, targets = remax(rewards, greedy, mask)
+    assert targets is None
+    torch.testing.assert_close(got, on_tokens([-2, -1, 1, 6], mask), atol=1e-12, rtol=0)
+    rewards[3, 1] = -0.5
+    assert remax(rewards, greedy, mask)[0][3].tolist() == [5.5, 5.5, 6.0, 6.0, 0.0]
+
+
+def test_remax_without_values_names_the_missing_baseline():
+    rewards, mask = staircase([1, 2, 4, 9])
+    with pytest.raises(ValueError, match="greedy reply, in `values`"):
+        remax(rewards, None, mask)
 
 
 scores = st.lists(
@@ -272,7 +424,8 @@ def _call(parts: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, None,
 
 
 def test_no_estimator_writes_to_its_arguments():
-    rewards, values, mask = problem(HOLES)
+    rewards, values, mask = problem(RAGGED)
+    rewards = on_last(torch.tensor([0.0, 1.0, 1.0, 0.0]), mask).masked_fill(~mask, BAD)
     kept = [x.clone() for x in (rewards, values, mask)]
     for f in ADVANTAGES.values():
         f(rewards, values, mask, group_size=2)

@@ -238,12 +238,8 @@ def test_resolve_finds_a_table_name_a_file_and_a_module(plugin, monkeypatch):
 
 
 def test_resolve_binds_the_defaults_too_so_that_the_loop_may_read_them():
-    assert resolve({"name": "gae", "lam": 0.5}, ADVANTAGES).keywords == {
-        "gamma": 1.0,
-        "lam": 0.5,
-        "lam_critic": None,
-        "whiten": True,
-    }
+    bound = resolve({"name": "gae", "lam": 0.5}, ADVANTAGES).keywords
+    assert bound.items() >= {"gamma": 1.0, "lam": 0.5, "lam_critic": None, "whiten": True}.items()
 
 
 def test_an_unknown_option_names_the_options_there_are():

@@ -96,9 +96,9 @@ def by_column(rewards, values, mask, *, group_size):
 @pytest.mark.parametrize(
     ("broken", "check", "arguments"),
     [
-        (leaks, "test_an_advantage_gives_one_number_a_token_and_zero_behind_the_mask", ()),
-        (blows_up, "test_degenerate_groups_stay_finite", (2,)),
-        (by_column, "test_what_lies_behind_the_mask_changes_no_advantage", (0.0,)),
+        (leaks, "test_an_advantage_gives_one_number_a_token_and_zero_behind_the_mask", (False,)),
+        (blows_up, "test_degenerate_groups_stay_finite", (2, False)),
+        (by_column, "test_what_lies_behind_the_mask_changes_no_advantage", (0.0, False)),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlkl.advantages import dr_grpo, gae, grpo, rloo, whitened
+from rlkl.advantages import dr_grpo, gae, grpo, opo, reinforce_pp, reinforce_pp_baseline, remax, rloo, whitened
 from rlkl.kl import KL, KL_LOSSES, proportional
 from rlkl.losses import LOSSES, clipped_surrogate, clipped_tokens, clipped_value_loss, token_weights
 from rlkl.rewards import token_rewards
@@ -79,9 +79,9 @@ def test_gae_of_verl(case):
         same(returns[inputs.mask], tensor(c["returns"])[inputs.mask])
 
 
-@pytest.mark.parametrize("ours", [grpo, dr_grpo, rloo], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("ours", [grpo, dr_grpo, rloo, opo], ids=lambda f: f.__name__)
 def test_group_estimators_of_verl(case, ours):
-    """A singleton group keeps its raw score in verl (0.7: dr_grpo and rloo; 0.7/(1 + 1e-6): grpo); ours is 0, as
+    """A singleton group keeps its raw score in verl (0.7: dr_grpo, rloo and opo; 0.7/(1 + 1e-6): grpo); ours is 0, as
     nothing can be learned from comparing a reply with itself."""
     name, inputs, result = case
     theirs = tensor(result["group"]["dr_grpo(no std)" if ours is dr_grpo else ours.__name__])
@@ -91,6 +91,40 @@ def test_group_estimators_of_verl(case, ours):
     assert alone.any() == (name == "edge")
     assert got[alone].eq(0).all()
     assert theirs[alone].tolist() == pytest.approx([0.7] * int(alone.sum()), abs=1e-6)
+
+
+@pytest.mark.parametrize("gamma", ["1", "0.9"])
+@pytest.mark.parametrize("paid", ["outcome_rewards", "dense_rewards"])
+def test_reinforce_pp_of_verl(case, gamma, paid):
+    _, inputs, result = case
+    got = reinforce_pp(inputs[paid], None, inputs.mask, gamma=float(gamma))[0]
+    same(got, result["credit"][f"reinforce_plus_plus|gamma={gamma}|{paid}"])
+
+
+def test_reinforce_pp_baseline_of_verl(case):
+    """Its groups are of 3, 3 and 2 samples. In `edge` the first two are degenerate: verl whitens a singleton's raw
+    score, and gives a unanimous group minus the mean over all tokens, where ours is exactly 0."""
+    name, inputs, result = case
+    theirs = tensor(result["credit"]["reinforce_plus_plus_baseline"])
+    if name == "padded":
+        centred = inputs.grouped(dr_grpo, inputs["outcome_rewards"])[:, None] * inputs.mask
+        same(whitened(centred, inputs.mask), theirs)  # all groups, of unequal size, by the two parts it is made of
+        first = inputs.mask[:6], inputs["outcome_rewards"][:6]
+        same(reinforce_pp_baseline(first[1], None, first[0], group_size=3)[0], whitened(centred[:6], first[0]))
+    else:
+        unanimous = inputs.mask[1:4]
+        assert theirs[1:4][unanimous].abs().min() > 0.1
+        got, _ = reinforce_pp_baseline(inputs["outcome_rewards"][1:], None, inputs.mask[1:], group_size=3)
+        assert got[:3].eq(0).all()
+        assert got[3:].abs().sum() > 1
+
+
+def test_remax_of_verl(case):
+    _, inputs, result = case
+    baseline = inputs["reward_baselines"][:, None].expand(inputs.mask.shape)
+    for paid in ("outcome_rewards", "dense_rewards"):
+        theirs = tensor(result["credit"][f"remax|{paid}"])
+        same(remax(inputs[paid], baseline, inputs.mask)[0][inputs.mask], theirs[inputs.mask])
 
 
 WEIGHTS = {"token-mean": "token", "seq-mean-token-mean": "sequence", "seq-mean-token-sum-norm": "constant"}
@@ -135,6 +169,46 @@ def test_clipped_surrogate_of_verl(case):
         same(g[mask & ~dual], tensor(c["grad"])[mask & ~dual], tolerance_of(c["agg"]))
         assert tensor(c["grad"])[dual].eq(0).all()
         assert g[dual].ne(0).all()
+
+
+OPTIONS = {"clip_ratio_low": "clip", "clip_ratio_high": "clip_high", "clip_ratio_c": "cap", "tau_pos": "tau"}
+OPTIONS |= {"tau_neg": "tau_negative"}
+
+
+def verl_batch(inputs: Inputs, advantages: torch.Tensor) -> tuple[Evaluation, Batch]:
+    mask, old = inputs.mask, inputs["old_log_prob"]
+    batch = Batch(mask.long(), mask, mask.long(), mask, old, mask[:, -1], old_logprobs=old, advantages=advantages)
+    logprobs = inputs["log_prob"].clone().requires_grad_()
+    return Evaluation(logprobs, torch.zeros_like(logprobs)), batch
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "cases"),
+    [
+        ("gspo", "gspo", 2),
+        ("geo_mean", "gmpo", 4),
+        ("cispo", "cispo", 2),
+        ("sapo", "sapo", 2),
+        ("gpg", "reinforce", 1),
+        ("dppo_tv", "dppo_tv", 2),
+        ("dppo_kl", "dppo_kl", 2),
+    ],
+)
+def test_policy_losses_of_verl(case, theirs, ours, cases):
+    """Value and gradient; in `edge` two tokens are 25.5 and -24.5 nats away. CISPO only where its lower clip is off
+    (1 - 10 < 0): then 1 + clip_ratio_high is our cap. DPPO's rollout and old policies are one policy there."""
+    _, inputs, result = case
+    chosen = [c for c in result["losses"] if c["loss"] == theirs]
+    assert len(chosen) == cases
+    for c in chosen:
+        options = {OPTIONS[k]: v for k, v in c["config"].items()}
+        if ours == "cispo":
+            options = {"cap": 1 + c["config"]["clip_ratio_high"]}
+        new, batch = verl_batch(inputs, inputs[c["advantages"]])
+        loss, _ = LOSSES[ours](new, batch, **options)
+        total = (weights(inputs.mask, c["agg"]) * loss)[inputs.mask].sum()
+        same(total, torch.tensor(c["value"], dtype=torch.float64), tolerance_of(c["agg"]))
+        same(torch.autograd.grad(total, new.logprobs)[0], c["grad"], tolerance_of(c["agg"]))
 
 
 def test_value_loss_of_verl(case):
@@ -211,6 +285,16 @@ def test_gae_of_nemo_with_a_lambda_of_its_own_for_the_critic(case):
         same(returns[inputs.mask], tensor(c["returns"])[inputs.mask])
 
 
+def test_gae_of_nemo_with_a_lambda_that_grows_with_the_length(case):
+    """VAPO's λ = 1 - 1/max(α·length, 1), α = .05 (all 0 for these short rows), .5 and 2."""
+    name, inputs, _ = case
+    assert [c["length_adaptive_alpha"] for c in NEMO[name]["adaptive"]] == [0.05, 0.5, 2.0]
+    rewards = token_rewards(inputs["scores"], inputs.mask)
+    for c in NEMO[name]["adaptive"]:
+        raw, _ = gae(rewards, inputs["values"], inputs.mask, lam_alpha=c["length_adaptive_alpha"], whiten=False)
+        same(raw[inputs.mask], tensor(c["advantages_raw"])[inputs.mask])
+
+
 def test_group_baselines_of_nemo(case):
     """score - baseline is dr_grpo, or rloo if the reply is left out; over std + 1e-6 it is grpo. A singleton's baseline
     is its own score, so it is 0 there too."""
@@ -236,7 +320,32 @@ def trl_batch(name: str) -> tuple[Evaluation, Batch]:
     return Evaluation(*leaves), batch
 
 
-@pytest.mark.parametrize("c", TRL["losses"], ids=lambda c: c["id"])
+def is_grpo(c: dict) -> bool:
+    by_reply = c["config"]["importance_sampling_level"] == "sequence"
+    return c["config"]["loss_type"] in ("grpo", "bnpo", "dr_grpo", "dapo") and not by_reply
+
+
+@pytest.mark.parametrize("c", [c for c in TRL["losses"] if not is_grpo(c)], ids=lambda c: c["id"])
+def test_other_losses_of_trl(c):
+    """GSPO is its grpo with a ratio by reply, whose gradient goes through the mean: the same as in the token form.
+    CISPO's epsilon_high is the cap; SAPO's τ is a float32. TRL counts rows without a token, so its count is passed in.
+    """
+    config, (new, batch) = c["config"], trl_batch(c["batch"])
+    assert config["epsilon_high"] is None or config["loss_type"] == "cispo"
+    name, options, how = {
+        "grpo": ("gspo", {"clip": config["epsilon"], "clip_high": config["epsilon"]}, "sequence"),
+        "cispo": ("cispo", {"cap": config["epsilon_high"]}, "token"),
+        "sapo": ("sapo", {"tau_negative": float(torch.tensor(1.05))}, "sequence"),
+    }[config["loss_type"]]
+    loss, _ = LOSSES[name](new, batch, **options)
+    tokens = config["num_items_in_batch"] if name == "cispo" else None
+    w = token_weights(batch.mask, how, 1, totals=(len(batch), tokens or int(batch.mask.sum())))
+    total = (w * loss)[batch.mask].sum()
+    same(total, torch.tensor(c["loss"], dtype=torch.float64))
+    same(torch.autograd.grad(total, new.logprobs)[0], c["grad_logps"])
+
+
+@pytest.mark.parametrize("c", [c for c in TRL["losses"] if is_grpo(c)], ids=lambda c: c["id"])
 def test_grpo_losses_of_trl(c):
     """Value and gradients of grpo, bnpo, dr_grpo and dapo: two batches, clip-higher, k3 in the loss, accumulation.
 

@@ -10,14 +10,23 @@ from hypothesis import strategies as st
 
 from rlkl.losses import (
     LOSSES,
+    cispo,
     clipped_surrogate,
     clipped_tokens,
     clipped_value_loss,
+    dppo_kl,
+    dppo_tv,
+    gmpo,
     grpo,
+    gspo,
     importance_ratio,
     ppo,
+    reinforce,
+    sapo,
+    spo,
     surrogate,
     token_weights,
+    topr,
 )
 from rlkl.types import Batch, Evaluation
 
@@ -110,7 +119,137 @@ def test_at_ratio_one_the_policy_gradient_is_minus_the_advantage(loss):
     new = new._replace(logprobs=batch.old_logprobs.clone().requires_grad_())
     per_token, _ = loss(new, batch)
     (g,) = torch.autograd.grad(per_token.sum(), new.logprobs)
-    torch.testing.assert_close(g, -batch.advantages, atol=1e-15, rtol=0)
+    expected = -batch.advantages
+    if loss is gmpo:  # each token moves the whole reply's ratio, and so earns the mean A of the reply
+        expected = expected.sum(1, keepdim=True) / batch.mask.sum(1, keepdim=True) * batch.mask
+    torch.testing.assert_close(g, expected, atol=1e-15, rtol=0)
+
+
+# The other trust regions
+def row(logprobs: list[float], old: list[float], advantages: list[float]) -> tuple[Evaluation, Batch]:
+    """One reply of these tokens."""
+    x, o = (torch.tensor([v], dtype=F64) for v in (logprobs, old))
+    ones = torch.ones_like(x, dtype=torch.bool)
+    batch = Batch(ones.long(), ones, ones.long(), ones, o, torch.zeros(1, dtype=torch.bool), old_logprobs=o)
+    batch.advantages = torch.tensor([advantages], dtype=F64)
+    return Evaluation(x.requires_grad_(), torch.zeros_like(o)), batch
+
+
+def pull(loss, ratios: list[float], advantages: list[float], start: float = 0.2, **options) -> list[float]:
+    """d objective / d log pi of each token of one reply, that had probability `start` and is now at these ratios."""
+    old = [math.log(start)] * len(ratios)
+    new, batch = row([o + math.log(w) for o, w in zip(old, ratios, strict=True)], old, advantages)
+    per_token, stats = loss(new, batch, **options)
+    (g,) = torch.autograd.grad(-per_token.sum(), new.logprobs)
+    if "clip_fraction" in stats:
+        assert stats["clip_fraction"][0].tolist() == g[0].eq(0).double().tolist()
+    return g[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "ratio", "advantage", "expected"),
+    [
+        (surrogate, {}, 5.0, 2.0, 10.0),
+        (reinforce, {}, 5.0, 2.0, 2.0),  # no ratio at all
+        (reinforce, {}, 0.1, -2.0, -2.0),
+        (cispo, {}, 4.0, 1.0, 4.0),  # never dead: past the cap the weight stays at the cap
+        (cispo, {}, 4.9, -1.0, -4.9),
+        (cispo, {"cap": 2.0}, 4.0, 1.0, 2.0),
+        (cispo, {"cap": 2.0}, 4.0, -1.0, -2.0),
+        (cispo, {}, 0.01, -1.0, -0.01),  # and small ratios stay small
+        (sapo, {}, 1.0, 3.0, 3.0),
+        (sapo, {}, 3.0, 1.0, 3 * 4 * 0.8807970779778823 * (1 - 0.8807970779778823)),  # w · 4σ(1-σ), σ = σ(2)
+        (sapo, {"tau_negative": 2.0}, 2.0, -1.0, -2 * 4 * 0.8807970779778823 * (1 - 0.8807970779778823)),
+        (dppo_tv, {}, 1.7, 1.0, 1.7),  # .2 → .34, moved by .14
+        (dppo_tv, {}, 1.8, 1.0, 0.0),  # .36, by .16: dead
+        (dppo_tv, {}, 1.8, -1.0, -1.8),  # A asks for less of it: pulled back
+        (dppo_tv, {}, 0.3, -1.0, -0.3),
+        (dppo_tv, {}, 0.2, -1.0, 0.0),
+        (dppo_tv, {}, 0.2, 1.0, 0.2),
+        (dppo_tv, {"clip_high": 0.1}, 1.6, 1.0, 0.0),
+        (dppo_tv, {"clip_high": 0.1}, 0.3, -1.0, -0.3),
+        (dppo_tv, {"clip": 0.3, "cap": 1.5}, 1.8, 1.0, 1.5),
+        (dppo_kl, {}, 1.6, 1.0, 1.6),  # KL(.2, .32) = .037
+        (dppo_kl, {}, 1.8, 1.0, 0.0),  # KL(.2, .36) = .061
+        (dppo_kl, {}, 1.8, -1.0, -1.8),
+        (dppo_kl, {}, 0.5, -1.0, -0.5),  # KL(.2, .1) = .044
+        (dppo_kl, {}, 0.4, -1.0, 0.0),  # KL(.2, .08) = .071
+        (dppo_kl, {}, 0.4, 1.0, 0.4),
+        (dppo_kl, {"clip_high": 0.03}, 1.6, 1.0, 0.0),
+        (spo, {}, 1.1, 1.0, 1.1 * 0.5),  # w (A - |A| (w - 1) / ε)
+        (spo, {}, 1.2, 1.0, 0.0),  # the top
+        (spo, {}, 1.4, 1.0, -1.4),  # past it: pulled back, where PPO's gradient is dead
+        (spo, {}, 0.8, -1.0, 0.0),
+        (spo, {}, 0.6, -2.0, 1.2),
+        (spo, {}, 0.9, 1.0, 0.9 * 1.5),
+        (spo, {"clip": 0.4}, 1.4, 1.0, 0.0),
+    ],
+)
+def test_what_each_trust_region_does_to_one_token(loss, options, ratio, advantage, expected):
+    assert pull(loss, [ratio], [advantage], **options)[0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_dppo_asks_how_much_probability_moved_and_not_by_what_factor():
+    """A rare token may grow threefold; from .9, a ratio of .8 that PPO still pushes is already .18 away."""
+    assert pull(dppo_tv, [3.0], [1.0], start=0.01) == pytest.approx([3.0])
+    assert pull(dppo_tv, [0.83], [-1.0], start=0.9) == [0.0]
+    assert pull(grpo, [3.0], [1.0], start=0.01) == [0.0]
+    assert pull(grpo, [0.83], [-1.0], start=0.9) == pytest.approx([-0.83])
+
+
+@pytest.mark.parametrize("loss", [dppo_tv, dppo_kl])
+def test_dppo_measures_from_the_policy_that_sampled_and_weighs_from_pi_old(loss):
+    new, batch = row([math.log(0.5)], [math.log(0.4)], [1.0])
+    batch.sampler_logprobs = torch.full((1, 1), math.log(0.1), dtype=F64)
+    (g,) = torch.autograd.grad(loss(new, batch)[0].sum(), new.logprobs)
+    assert g.item() == 0  # .4 away from mu, .1 from pi_old
+    (g,) = torch.autograd.grad(loss(new, batch, clip=5.0)[0].sum(), new.logprobs)
+    assert g.item() == pytest.approx(-1.25)
+
+
+def test_gspo_clips_replies_and_not_tokens():
+    """Ratios 2 and ½: the reply's is 1, and both tokens have it. Past the clip, dead in A's direction only."""
+    assert pull(gspo, [2.0, 0.5], [1.0, -3.0]) == pytest.approx([1.0, -3.0])
+    s = math.exp(5e-4)
+    assert pull(gspo, [s, s], [1.0, -1.0]) == pytest.approx([0.0, -s], abs=1e-12)
+    assert pull(gspo, [1 / s, 1 / s], [1.0, -1.0]) == pytest.approx([1 / s, 0.0], abs=1e-12)
+    inside = math.exp(3.5e-4)  # between .0003 and .0004: the upper side is the wider
+    assert pull(gspo, [inside], [1.0]) == pytest.approx([inside])
+    assert pull(gspo, [1 / inside], [-1.0]) == [0.0]
+    assert pull(gspo, [inside], [1.0], clip_high=3e-4) == [0.0]
+
+
+def test_gmpo_clips_in_log_space_before_the_geometric_mean():
+    """Ratios e^.6 and e^.2, A > 0: exp((.4 + .2)/2), only the second token alive; A < 0: exp((.6 + .2)/2), both."""
+    up = [math.exp(0.6), math.exp(0.2)]
+    assert pull(gmpo, up, [1.0, 1.0]) == pytest.approx([0.0, math.exp(0.3)])
+    assert pull(gmpo, up, [-1.0, -1.0]) == pytest.approx([-math.exp(0.4)] * 2)
+    down = [math.exp(-0.6), math.exp(0.2)]
+    assert pull(gmpo, down, [-1.0, -1.0]) == pytest.approx([0.0, -math.exp(-0.1)])
+    assert pull(gmpo, down, [1.0, 1.0]) == pytest.approx([math.exp(-0.2)] * 2)
+    assert pull(gmpo, up, [1.0, 1.0], clip_high=0.7) == pytest.approx([math.exp(0.4)] * 2)
+    assert pull(gmpo, down, [-1.0, -1.0], clip=0.7) == pytest.approx([-math.exp(-0.2)] * 2)
+
+
+def test_topr_weighs_bad_replies_by_the_whole_replys_ratio():
+    """c = min(Π w, 1) where A < 0, and 1 where A >= 0 however far pi has gone."""
+    assert pull(topr, [0.5, 0.5], [-1.0, 1.0]) == pytest.approx([-0.25, 1.0])
+    assert pull(topr, [0.5, 4.0], [-1.0, 1.0]) == pytest.approx([-1.0, 1.0])
+    assert pull(topr, [0.01, 0.01], [2.0, 2.0]) == pytest.approx([2.0, 2.0])
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("nats", [1e4, -1e4, 90.0, -90.0])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_one_broken_token_overflows_no_loss_and_no_gradient(loss, nats, advantage):
+    """In float32, a token whose log-prob is wrong by this much."""
+    new, batch = row([-1.0, -1.0 + nats], [-1.0, -1.0], [advantage] * 2)
+    batch.sampler_logprobs = batch.old_logprobs = batch.old_logprobs.float()
+    batch.advantages, batch.values, batch.returns = batch.advantages.float(), *torch.zeros(2, 1, 2)
+    leaf = new.logprobs.detach().float().requires_grad_()
+    per_token, _ = loss(Evaluation(leaf, torch.zeros(1, 2), torch.zeros(1, 2)), batch)
+    assert per_token.isfinite().all()
+    assert torch.autograd.grad(per_token.sum(), leaf)[0].isfinite().all()
 
 
 @settings(deadline=None, max_examples=100)
@@ -175,15 +314,18 @@ def call(loss, new: Evaluation, batch: Batch) -> torch.Tensor:
     return loss(new, batch)[0]
 
 
+DETACHED = {"gspo", "cispo", "dppo_tv", "dppo_kl", "topr"}  # their gradient is not that of their value, on purpose
+
+
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_gradcheck(loss, seed):
+@pytest.mark.parametrize("name", [n for n in LOSSES if n not in DETACHED])
+def test_gradcheck(name, seed):
     """Autograd equals finite differences in log-probs, entropy and values, clipped tokens among them."""
     new, batch = near(seed, sigma=0.6)
     options = {"entropy_coef": 0.3}
 
     def f(logprobs: torch.Tensor, entropy: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        return loss(Evaluation(logprobs, entropy, values), batch, **options)[0][batch.mask]
+        return LOSSES[name](Evaluation(logprobs, entropy, values), batch, **options)[0][batch.mask]
 
     assert torch.autograd.gradcheck(f, (new.logprobs, new.entropy, new.values))
 

@@ -10,12 +10,18 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 TRL_LOSSES = (0, 1, 4, 6, 18, 22, 36, 37, 40, 54, 55, 58, 118, 124, 127, 139, 160, 166, 176, 187, 190)
+TRL_LOSSES += (9, 72, 73, 84, 202, 223)  # gspo, cispo, sapo
 TRL_OPTIONS = ("loss_type", "beta", "epsilon", "epsilon_high", "entropy_coef", "max_completion_length", "grad_accum")
+TRL_OPTIONS += ("importance_sampling_level",)
 TRL_ADVANTAGES = ("adv000", "adv002", "adv004", "adv006", "adv008", "adv014", "adv016", "adv020")
 VERL_GAE = ((1.0, 1.0, "dense_rewards"), (1.0, 0.95, "dense_rewards"), (0.99, 0.95, "outcome_rewards"))
 VERL_GAE += ((0.9, 0.5, "outcome_rewards"), (0.9, 0.0, "dense_rewards"))
 VERL_INPUTS = ("log_prob", "old_log_prob", "ref_log_prob", "values", "vpreds", "returns", "advantages", "scores")
-VERL_INPUTS += ("outcome_rewards", "dense_rewards", "response_mask", "groups")
+VERL_INPUTS += ("outcome_rewards", "dense_rewards", "response_mask", "groups", "seq_advantages", "reward_baselines")
+VERL_LOSSES = ("gspo", "sapo", "gpg", "geo_mean", "cispo", "dppo_tv", "dppo_kl")
+VERL_AGGREGATED = {"gpg": ("token-mean",), "geo_mean": ("seq-mean-token-mean",), "gspo": ("seq-mean-token-mean",)}
+VERL_AGGREGATED |= {"sapo": ("seq-mean-token-mean",)}  # the others in two ways
+VERL_KEPT = ("loss", "agg", "config", "advantages", "value", "grad")
 
 
 def short(x: object) -> object:
@@ -35,18 +41,29 @@ def only(cases: list[dict], **wanted: object) -> list[dict]:
     return [c for c in cases if all(c[k] == v for k, v in wanted.items())]
 
 
+def wanted(c: dict) -> bool:
+    """One or two aggregations of each loss; A by token, and for GMPO by reply too; of CISPO the one-sided clip."""
+    aggregations = VERL_AGGREGATED.get(c["loss"], ("token-mean", "seq-mean-token-mean"))
+    by_token = c["advantages"] == "advantages" or c["loss"] == "geo_mean"
+    one_sided = c["loss"] != "cispo" or c["config"].get("clip_ratio_low", 0) > 1
+    return c["loss"] in VERL_LOSSES and c["agg"] in aggregations and by_token and one_sided and not c["is_weights"]
+
+
 def verl(data: dict) -> dict:
-    """GAE, group estimators, the (dual-)clipped surrogate, value loss, k1 k2 k3, aggregation, whitening, controller."""
+    """Advantages, the (dual-)clipped surrogate, other policy losses, value loss, k1 k2 k3, aggregation, controller."""
     frozen = {"inputs": {}, "results": {}, "adaptive_kl": data["results"]["global"]["adaptive_kl"]}
     for name, result in ((n, data["results"][n]) for n in ("padded", "edge")):
         frozen["inputs"][name] = keys(data["inputs"][name], *VERL_INPUTS)
         surrogates = only(result["policy_loss"], loss="vanilla", advantages="advantages", is_weights=False)
         surrogates = [c for c in surrogates if c["config"].get("clip_ratio_c") != 1.5]
         gae = [c for c in result["advantages"]["gae"] if (c["gamma"], c["lam"], c["rewards"]) in VERL_GAE]
-        group = {n: result["advantages"][n]["advantages"] for n in ("grpo", "dr_grpo(no std)", "rloo")}
+        group = {n: result["advantages"][n]["advantages"] for n in ("grpo", "dr_grpo(no std)", "rloo", "opo")}
+        credit = {n: x["advantages"] for n, x in result["advantages"].items() if n.startswith(("reinforce_", "remax"))}
         frozen["results"][name] = {
             "gae": gae,
             "group": {n: [row[0] for row in rows] for n, rows in group.items()},  # one number a reply
+            "credit": credit,
+            "losses": [keys(c, *VERL_KEPT) for c in result["policy_loss"] if wanted(c)],
             "surrogate": [
                 keys(c, "agg", "config", "value", "grad") for c in surrogates if c["agg"] != "seq-mean-token-sum"
             ],
@@ -70,7 +87,7 @@ def verl(data: dict) -> dict:
 
 
 def trl(data: dict) -> dict:
-    """GRPO-type losses with their gradients, group advantages, RLOO with a KL in the reward, and all of PPO."""
+    """GRPO's and other losses with their gradients, group advantages, RLOO with a KL in the reward, and all of PPO."""
     losses = [c for c in data["grpo_loss_cases"] if int(c["id"]) in TRL_LOSSES]
     kept = ("loss", "grad_logps")
     batch = ("logps", "old_logps", "ref_logps", "entropies", "mask", "advantages")
@@ -117,11 +134,11 @@ def trl(data: dict) -> dict:
 
 
 def nemo(data: dict) -> dict:
-    """GAE with a λ of its own for the critic, and group baselines; the inputs are verl's."""
+    """GAE with a λ of its own for the critic or for each length, and group baselines; the inputs are verl's."""
     frozen = {}
     for name, result in data["results"].items():
         gae = only(result["gae"], length_adaptive_alpha=0.0, kl_coef=0.0)
-        wanted = (
+        kept = (
             "gamma",
             "gae_lambda",
             "gae_lambda_value",
@@ -130,7 +147,12 @@ def nemo(data: dict) -> dict:
             "advantages_raw",
             "returns",
         )
-        frozen[name] = {"gae": [keys(c, *wanted) for c in gae], "baselines": result["grpo_baseline"]}
+        adaptive = [c for c in only(result["gae"], kl_coef=0.0) if c["length_adaptive_alpha"] > 0]
+        frozen[name] = {
+            "gae": [keys(c, *kept) for c in gae],
+            "adaptive": [keys(c, "length_adaptive_alpha", "advantages_raw") for c in adaptive],
+            "baselines": result["grpo_baseline"],
+        }
     return frozen
 
 
