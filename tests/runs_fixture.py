@@ -29,6 +29,7 @@ SMALL = (
     "sampling.max_new_tokens=6",
     "optim.steps=6",
     "optim.lr=1e-2",
+    "optim.warmup=0",
     "eval.prompts=5",
     "eval.samples=2",
     "eval.every=2",

@@ -37,10 +37,10 @@ def gae(
     gamma: float = 1.0,
     lam: float = 0.95,
     lam_critic: float | None = None,
+    lam_alpha: float = 0.0,
     whiten: bool = True,
 ) -> advantages.Credit:
     """Token by token; the critic keeps its own targets."""
-    found, returns = advantages.gae(
-        rewards, values, mask, group_size=group_size, gamma=gamma, lam=lam, lam_critic=lam_critic, whiten=whiten
-    )
+    options = {"gamma": gamma, "lam": lam, "lam_critic": lam_critic, "lam_alpha": lam_alpha, "whiten": whiten}
+    found, returns = advantages.gae(rewards, values, mask, group_size=group_size, **options)
     return shuffled(found, mask), returns

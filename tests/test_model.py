@@ -382,7 +382,7 @@ def test_check_reproduced_refuses_a_backbone_that_takes_no_position_ids(monkeypa
         check_reproduced(policy)
 
 
-# BUG (test_model 1): check_reproduced scores one row without padding, so a model that lets left padding into its states
+# Once check_reproduced scored one row without padding, so a model that lets left padding into its states
 # (transformers' RWKV does: "attention_mask was passed, but it is unused") is accepted and mis-scored by 2 nats.
 @pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
 def test_check_reproduced_refuses_a_model_that_does_not_see_through_padding(ignored, monkeypatch):
@@ -461,7 +461,7 @@ def test_load_refuses_a_tokenizer_without_an_eos_token(tmp_path):
         load(str(tmp_path))
 
 
-# BUG (test_model 2): these leave load() as tracebacks (SafetensorError, RuntimeError, IndexError), or not at all.
+# Once these left load() as tracebacks (SafetensorError, RuntimeError, IndexError), or not at all.
 @pytest.mark.parametrize(
     "spoiled", ["cut weights", "no weights", "other shape", "tokenizer too large", "lm_head missing"]
 )

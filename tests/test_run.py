@@ -101,7 +101,6 @@ def test_config_yaml_alone_repeats_the_run(here, whole_ppo):
     assert differences(whole_ppo, here / "again") == []
 
 
-# Resumed runs fail here: RunLog keeps the rows with step < start and loses the row of the checkpoint; it must be <=
 def go_on_for_three_steps(here, base, *options):
     run(base, "run=halves", *options, "optim.steps=3")
     assert len(rows(here / "halves")) == 3
