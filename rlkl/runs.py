@@ -92,16 +92,17 @@ def numbered(stem: Path) -> Path:
 
 
 def provenance(argv: list[str]) -> dict:
-    """The command, the versions, the git revision and whether the tree was clean."""
-    here = Path(__file__).parent
-    git = (
-        [
-            subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=False).stdout.strip()
-            for args in (("rev-parse", "HEAD"), ("status", "--porcelain"))
-        ]
-        if shutil.which("git")
-        else ["", ""]
-    )
+    """The command, the versions, the git revision and whether the tree was clean (None outside a git checkout)."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
+    revision, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
     return {"command": " ".join(["python", "train.py", *argv]), "python": platform.python_version(), **versions,
-        "platform": platform.platform(), "git": git[0] or None, "clean": not git[1]}
+            "platform": platform.platform(), "git": revision, "clean": None if changes is None else not changes}
+
+
+def git(*args: str) -> str | None:
+    """What git says of this checkout; None without git, or outside one."""
+    try:
+        done = subprocess.run(["git", "-C", Path(__file__).parent, *args], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

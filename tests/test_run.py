@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_a_run_leaves_metrics_config_provenance_a_curve_a_report_and_a_model_tha
     assert [row["step"] for row in rows(folder) if "heldout/accuracy" in row] == [2, 4, 6]
     provenance = json.loads((folder / "provenance.json").read_text())
     assert "run=out" in provenance["command"]
-    assert provenance["torch"] == torch.__version__
+    assert provenance["torch"] == version("torch")
     assert (folder / "metrics.png").read_bytes().startswith(b"\x89PNG")
     report = (folder / "report.md").read_text()
     assert "| accuracy |" in report
