@@ -439,3 +439,10 @@ def test_the_table_is_complete_and_its_options_are_keywords():
         kinds = [(p.name, p.kind is p.KEYWORD_ONLY) for p in inspect.signature(f).parameters.values()]
         assert kinds[:4] == [("rewards", False), ("values", False), ("mask", False), ("group_size", True)]
         assert all(keyword for _, keyword in kinds[3:])
+
+
+def test_the_epsilon_of_grpo_is_too_small_to_be_seen():
+    """(R - mean) / std of 1, 2, 4, 9 to six digits: an epsilon of 0.1 would show in the second."""
+    rewards, mask = torch.tensor([[1.0], [2.0], [4.0], [9.0]], dtype=torch.float64), torch.ones(4, 1, dtype=torch.bool)
+    want = torch.tensor([[-0.842927], [-0.561951], [0.0], [1.404878]], dtype=torch.float64)
+    torch.testing.assert_close(ADVANTAGES["grpo"](rewards, None, mask, group_size=4)[0], want, rtol=0, atol=2e-6)
