@@ -40,9 +40,9 @@ def measure(config: str) -> dict[str, float]:
 
 def main() -> None:
     results = {config: measure(config) for config in CONFIGS}
-    table = Table("config", *COLUMNS, title=f"medians of {STEPS - STEPS // 3} steps")
-    for config, row in results.items():
-        table.add_row(config, *(f"{row[name]:.3g}" for name in COLUMNS))
+    table = Table("", *(Path(config).stem for config in results), title=f"medians of {STEPS - STEPS // 3} steps")
+    for name in COLUMNS:
+        table.add_row(name, *(f"{row[name]:.3g}" for row in results.values()))
     console.print(table)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     versions = {
