@@ -47,7 +47,7 @@ golden: $(BIN)/.dev  ## recompute tests/golden from the oracles: make golden ORA
 mutants: $(BIN)/.dev  ## one-line bugs, each of which a test must notice
 	@$(TEST) $(BIN)/python tests/mutants.py
 
-compat: $(BIN)/.dev  ## the tests on the oldest supported versions, in an environment of their own
+compat:  ## the tests on the oldest supported versions, in an environment of their own
 	@$(PYTHON) -m venv $(VENV)-compat
 	@$(VENV)-compat/bin/python -m pip install -q --disable-pip-version-check -c tests/compat.txt -e . pytest hypothesis
 	@$(TEST) $(VENV)-compat/bin/python -m pytest

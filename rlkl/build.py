@@ -44,8 +44,7 @@ class Parts:
     reward: Reward
     advantage: Callable[..., tuple[Tensor, Tensor | None]]
     loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
-    kl_ref: Callable[
-        ..., Tensor]  # place = reward: (logprobs, ref_logprobs) → (B, T); place = loss: (new, batch) → (B, T)
+    kl_ref: Callable[..., Tensor]  # in the reward (logprobs, ref_logprobs), in the loss (new, batch); → (B, T)
     kl_old: Callable[..., Tensor]  # (new, batch) → (B, T)
     train: list[Example]
     heldout: list[Example]

@@ -77,9 +77,9 @@ def open_folder(cfg: Config, argv: list[str]) -> Path:
     (folder / "provenance.json").write_text(json.dumps(provenance(argv), indent=1), encoding="utf-8")
     for file in plugins:
         shutil.copy(file, folder / "plugins" / file.name)
-    (folder / "config.yaml").write_text(
-        yaml.safe_dump(json.loads(json.dumps(asdict(cfg))), sort_keys=False), encoding="utf-8"
-    )  # last: with it the run may be resumed
+    plain = json.loads(json.dumps(asdict(cfg)))  # tuples as lists
+    text = yaml.safe_dump(plain, sort_keys=False)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")  # last: with it the run may be resumed
     return folder
 
 
