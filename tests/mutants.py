@@ -35,7 +35,7 @@ MUTANTS = [  # file, line as it is, line as it must not be, the test files that 
     ("advantages.py", ".masked_fill(unanimous, 0.0)", "", "advantages"),
     ("advantages.py", "group_size / max(group_size - 1, 1)", "1", "advantages"),
     ("advantages.py", 'if scale == "group" else returns.std()', 'if scale != "group" else returns.std()', "advantages"),
-    ("advantages.py", "(std + 1e-6)", "(std + 1e-1)", "advantages"),
+    ("advantages.py", "centred / (std + 1e-6)", "centred / (std + 1e-1)", "advantages"),
     # losses
     ("losses.py", "-torch.minimum(ratio", "-torch.maximum(ratio", "losses"),
     ("losses.py", "ratio.clamp(1 - low, 1 + high)", "ratio.clamp(1 - high, 1 + low)", "losses"),
