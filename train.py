@@ -25,13 +25,14 @@ from rlkl.heldout import accuracy
 from rlkl.log import Meters, RunLog, read_rows
 from rlkl.losses import importance_ratio, token_weights
 from rlkl.metrics import credited, describe, speed
+from rlkl.mismatch import accepted, truncated_ratio
 from rlkl.optim import lr_scale
 from rlkl.rewards import informative, judge, token_rewards
 from rlkl.rollout.sample import draw_uniforms
 from rlkl.schema import Config
 from rlkl.seeds import draw, generator, stream
 from rlkl.terminal import Interrupt, before_and_after, console, progress, show, usage
-from rlkl.types import Batch
+from rlkl.types import Batch, Example
 
 
 @dataclass
@@ -65,6 +66,8 @@ def training_step(cfg: Config, parts: Parts, state: State) -> tuple[dict[str, fl
     asked, replies = [e for e in examples for _ in range(group)], model.decode(parts.tokenizer, batch)
     scores, named = judge(parts.reward, asked, replies, batch)
     row = describe(batch, scores, named, group)
+    if cfg.sampling.baseline == "greedy":
+        batch.values = greedy_baseline(parts, examples, prompt_ids, prompt_mask, uniforms).expand(batch.mask.shape)
     sample = {"prompt": asked[0].prompt, "reply": replies[0], "score": scores[0].item()}
     if cfg.sampling.unanimous == "drop":
         kept = informative(scores, group)
@@ -72,7 +75,7 @@ def training_step(cfg: Config, parts: Parts, state: State) -> tuple[dict[str, fl
     clock.append(time.perf_counter())
 
     # 3. Evaluate: the same tokens under pi_old and the reference, by the training forward pass.
-    last_values = evaluate(cfg, parts, state, batch)
+    last_values = evaluate(cfg, parts, batch)
     clock.append(time.perf_counter())
 
     # 4. Credit: scores, and perhaps a KL penalty → token rewards → advantages.
@@ -84,6 +87,9 @@ def training_step(cfg: Config, parts: Parts, state: State) -> tuple[dict[str, fl
         batch.rewards = batch.rewards - state.kl_ref_coef * parts.kl_ref(batch.old_logprobs, batch.ref_logprobs)
     batch.advantages, batch.returns = parts.advantage(batch.rewards, batch.values, batch.mask, group_size=group)
 
+    if cfg.mismatch.truncate != "none":
+        batch.advantages = batch.advantages * truncated_ratio(batch, cfg.mismatch.truncate, cfg.mismatch.cap)
+
     # 5. Learn: a few updates, held near pi_old by the trust region.
     learned = learn(cfg, parts, state, batch, rng, meters)
     clock.append(time.perf_counter())
@@ -91,6 +97,8 @@ def training_step(cfg: Config, parts: Parts, state: State) -> tuple[dict[str, fl
     # 6. Report.
     row |= credited(batch) | meters.row() | learned | speed(row["tokens"], clock, batch.mask.device)
     row |= {"kl_ref_coef": state.kl_ref_coef, "kl_old_coef": state.kl_old_coef}
+    if "ratio_square" in row:
+        row["ess"] = row.pop("ratio_mean") ** 2 / row.pop("ratio_square")
     if "kl_pi_ref_tok" in row:
         row["kl_pi_ref_seq"] = seq = row["kl_pi_ref_tok"] * int(batch.mask.sum()) / len(batch)
         if (target := cfg.kl_ref.target) is not None:
@@ -98,19 +106,27 @@ def training_step(cfg: Config, parts: Parts, state: State) -> tuple[dict[str, fl
     return row, sample
 
 
-def evaluate(cfg: Config, parts: Parts, state: State, batch: Batch) -> Tensor | None:
+def greedy_baseline(parts: Parts, examples: list[Example], prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor
+                    ) -> Tensor:
+    """(B, 1): the score of each prompt's greedy reply, on all of its G samples."""
+    first = uniforms[:: len(uniforms) // len(prompt_ids)]
+    batch = parts.sampler(parts.policy, prompt_ids, prompt_mask, first, parts.rule._replace(temperature=0.0))
+    scores, _ = judge(parts.reward, examples, model.decode(parts.tokenizer, batch), batch)
+    return scores.repeat_interleave(len(uniforms) // len(prompt_ids))[:, None]
+
+
+def evaluate(cfg: Config, parts: Parts, batch: Batch) -> Tensor | None:
     """Fill in old_logprobs, values and ref_logprobs; returns V after the last token, (B,), None without a critic.
 
     With one update per rollout and nothing that reads it earlier, pi_old is the pi of that update: not scored here.
     """
     if parts.reference is not None:
         batch.ref_logprobs = parts.reference.score(batch, cfg.optim.micro_tokens).logprobs
-    several = cfg.optim.epochs > 1 or (cfg.optim.minibatch or len(batch)) < len(batch)
-    in_reward = state.kl_ref_coef > 0 and cfg.kl_ref.place == "reward"
-    if not (several or in_reward or parts.policy.critic is not None):
+    if not parts.reads_old:
         return None
     old = parts.policy.score(batch, cfg.optim.micro_tokens)
-    batch.old_logprobs, batch.old_entropy, batch.values = old.logprobs, old.entropy, old.values
+    batch.old_logprobs, batch.old_entropy = old.logprobs, old.entropy
+    batch.values = batch.values if old.values is None else old.values
     return old.last_values
 
 
@@ -122,6 +138,8 @@ def learn(cfg: Config, parts: Parts, state: State, batch: Batch, rng: Generator,
     norms: dict[str, list[float]] = defaultdict(list)
     shuffled = (batch.shuffle(rng) for _ in range(cfg.optim.epochs))
     for mini in (m for epoch in shuffled for m in epoch.split(cfg.optim.minibatch or len(batch))):
+        if parts.selector is not None:
+            mini.selected = parts.selector(mini, draw_uniforms(*mini.mask.shape, rng, mini.mask.device))
         loss, drift = backward(cfg, parts, state, mini, meters)
         if cfg.kl_old.stop is not None and drift > cfg.kl_old.stop:
             parts.optimizer.zero()
@@ -140,9 +158,11 @@ def backward(cfg: Config, parts: Parts, state: State, mini: Batch, meters: Meter
     """The gradient of one update, however it is cut. Returns its loss and KL(pi_old || pi) per token before it."""
     trained = mini.mask & ~mini.truncated[:, None] if cfg.truncation == "mask" else mini.mask
     mini.weights = token_weights(trained, cfg.optim.weights, cfg.sampling.max_new_tokens)
+    if cfg.mismatch.reject != "none":
+        mini.weights = mini.weights * accepted(mini, cfg.mismatch.reject, cfg.mismatch.low, cfg.mismatch.high)
     total, drift, tokens = 0.0, 0.0, int(mini.mask.sum())
     for _, micro in mini.microbatches(cfg.optim.micro_tokens):
-        new = parts.policy.evaluate(micro)
+        new = parts.policy.evaluate(micro, parts.exact)
         if micro.old_logprobs is None:
             micro.old_logprobs = new.logprobs.detach()
         per_token, stats = parts.loss(new, micro)
@@ -160,9 +180,10 @@ def backward(cfg: Config, parts: Parts, state: State, mini: Batch, meters: Meter
 
 def distances(logprobs: Tensor, micro: Batch) -> dict[str, Tensor]:
     """(B, T) meters of how far policies are apart: pi from pi_old, pi_old from the reference and from the sampler."""
-    old, gap = micro.old_logprobs, (micro.old_logprobs - micro.sampler_logprobs).abs()
-    far = {"kl_old_pi": kl.k3(old, logprobs), "ratio_max": importance_ratio(logprobs, old)}
-    far |= {"sampler_gap": gap, "sampler_gap_max": gap}
+    old, sampler = micro.old_logprobs, micro.sampler_logprobs
+    ratio, gap = importance_ratio(logprobs, old), (old - sampler).abs()
+    far = {"kl_old_pi": kl.k3(old, logprobs), "ratio_max": ratio, "ratio_mean": ratio, "ratio_square": ratio.square()}
+    far |= {"kl_sampler_old": kl.k3(sampler, old), "sampler_gap": gap, "sampler_gap_max": gap}
     return far if micro.ref_logprobs is None else far | {"kl_pi_ref_tok": kl.k1(old, micro.ref_logprobs)}
 
 

@@ -120,6 +120,19 @@ def pass_at_k(rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_siz
     return _spread(advantages.masked_fill(std == 0, 0.0), mask), None
 
 
+def best_only(rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_size: int) -> Credit:
+    """R_(1) - R_(2) for the best reply of a prompt, 0 for the others: max@G (Tang et al. 2025, arXiv:2503.19595).
+
+    The leave-one-out advantage of the group's best score; 0 for a group whose best two are equal.
+    """
+    returns = _centred(rewards, mask, group_size)[0]
+    if group_size < 2:
+        return _spread(torch.zeros_like(returns), mask), None
+    best = returns.topk(2, dim=1)
+    margin = best.values[:, :1] - best.values[:, 1:]
+    return _spread(torch.zeros_like(returns).scatter(1, best.indices[:, :1], margin), mask), None
+
+
 def _all_wrong(wrong: Tensor, total: int, k: int) -> Tensor:
     """C(wrong, k) / C(total, k): k draws without replacement are all among the wrong ones."""
     drawn = torch.arange(k, device=wrong.device)
@@ -175,5 +188,6 @@ def _spread(per_row: Tensor, mask: Tensor) -> Tensor:
 
 ADVANTAGES = {
     "gae": gae, "grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo, "opo": opo, "maxrl": maxrl, "pass_at_k": pass_at_k,
+    "best_only": best_only,
     "reinforce_pp": reinforce_pp, "reinforce_pp_baseline": reinforce_pp_baseline, "remax": remax,
 }

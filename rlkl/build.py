@@ -15,15 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlkl import tiny
-from rlkl.advantages import ADVANTAGES
+from rlkl.algorithm import algorithm, reads_old
 from rlkl.config import resolve
 from rlkl.errors import UserError
-from rlkl.kl import KL, KL_LOSSES, KL_OLD_LOSSES, REFUSED, TRAPS
-from rlkl.losses import LOSSES
+from rlkl.explain import traps
 from rlkl.model import Policy, encode, load, reference_of, sampling_rule
 from rlkl.optim import Optimizer
-from rlkl.preflight import check_plugins
-from rlkl.rewards import REWARDS, Reward, from_task
+from rlkl.rewards import REWARDS, Reward, from_task, with_overlong
 from rlkl.rollout import SAMPLERS
 from rlkl.schema import Config
 from rlkl.seeds import draw
@@ -37,15 +35,18 @@ class Parts:
 
     policy: Policy
     reference: Policy | None
+    exact: Policy | None  # the reference again, if the KL term is about the whole vocabulary
     tokenizer: PreTrainedTokenizerBase
     optimizer: Optimizer
     rule: Sampling
     sampler: Callable[..., Batch]
     reward: Reward
     advantage: Callable[..., tuple[Tensor, Tensor | None]]
+    selector: Callable[[Batch, Tensor], Tensor] | None
     loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
     kl_ref: Callable[..., Tensor]  # in the reward (logprobs, ref_logprobs), in the loss (new, batch); → (B, T)
     kl_old: Callable[..., Tensor]  # (new, batch) → (B, T)
+    reads_old: bool  # does anything need pi_old before the first update? If not, it is the pi of that update
     train: list[Example]
     heldout: list[Example]
     solved: Callable[[Example, str], bool]  # is this reply right? what held-out accuracy counts
@@ -67,15 +68,14 @@ def pick_device(name: str) -> torch.device:
 
 def build(cfg: Config, device: torch.device, console: Console, start: Path | None = None) -> Parts:
     """Load and check everything. `start`: the checkpoint to continue from; the reference is always the first policy."""
-    sampler = resolve(cfg.sampling.backend, SAMPLERS, "sampling.backend")
-    advantage, loss = resolve(cfg.advantage, ADVANTAGES, "advantage"), resolve(cfg.loss, LOSSES, "loss")
-    names = cfg.advantage["name"], cfg.loss["name"]
-    check_plugins(advantage, loss, names, group_size=cfg.sampling.group_size, critic=cfg.model.critic != "none",
-                  dense=cfg.kl_ref.coef > 0 and cfg.kl_ref.place == "reward")
-    kl_ref, kl_old = kl_terms(cfg, console)
+    sampler, chosen = resolve(cfg.sampling.backend, SAMPLERS, "sampling.backend"), algorithm(cfg)
+    for trap in traps(cfg, chosen):
+        console.print(f"[yellow]note:[/] {escape(trap)}")
     make_task = resolve(cfg.task, TASKS, "task")
     task, heldout_task = make_task("train"), make_task("heldout")
     reward = resolve(cfg.reward, REWARDS, "reward") if cfg.reward else from_task(task.score)
+    if cfg.overlong.buffer:
+        reward = with_overlong(reward, cfg.sampling.max_new_tokens, cfg.overlong.buffer, cfg.overlong.coef)
 
     name = str(base_model(console)) if cfg.model.name == "tiny" else cfg.model.name
     dtype = dtype_of(cfg, device)
@@ -89,8 +89,9 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
 
     heldout = draw(range(len(heldout_task)), min(cfg.eval.prompts, len(heldout_task)), seed=0, step=0)
     return Parts(
-        policy, reference, tokenizer, optimizer, sampling_rule(policy, tokenizer, cfg.sampling.temperature),
-        sampler, reward, advantage, loss, kl_ref, kl_old,
+        policy, reference, reference if chosen.exact else None, tokenizer, optimizer,
+        sampling_rule(policy, tokenizer, cfg.sampling.temperature),
+        sampler, reward, chosen.advantage, chosen.selector, chosen.loss, chosen.kl_ref, chosen.kl_old, reads_old(cfg),
         train=that_fit(cfg, policy, tokenizer, [task[i] for i in range(len(task))], "train", console),
         heldout=that_fit(cfg, policy, tokenizer, [heldout_task[i] for i in heldout], "held-out", console),
         solved=partial(solved, task.score))
@@ -103,26 +104,6 @@ def solved(score: Callable[[Example, str], float | dict[str, float]], example: E
     except Exception as error:  # somebody else's code may fail in any way
         raise UserError(f"task.score raised {type(error).__name__}: {error} for the reply {reply!r}") from error
     return (sum(scored.values()) if isinstance(scored, dict) else scored) >= 1
-
-
-def kl_terms(cfg: Config, console: Console) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """The two KLs; a trap is refused, or named on one line."""
-    trap = (cfg.kl_ref.place, cfg.kl_ref.estimator)
-    table = KL if cfg.kl_ref.place == "reward" else KL_LOSSES
-    if cfg.kl_ref.coef > 0 and trap in REFUSED:
-        raise UserError(
-            f"kl_ref.place={trap[0]} with kl_ref.estimator={trap[1]}: {REFUSED[trap]}; choose {', '.join(table)}")
-    if cfg.kl_ref.coef > 0 and trap in TRAPS:
-        console.print(f"[yellow]note:[/] {TRAPS[trap]}")
-    if cfg.kl_ref.coef == 0:
-        table = KL | KL_LOSSES  # k1 in the loss is refused only once it is switched on
-    return estimator("kl_ref", cfg.kl_ref.estimator, table), estimator("kl_old", cfg.kl_old.estimator, KL_OLD_LOSSES)
-
-
-def estimator(section: str, name: str, table: dict[str, Callable[..., Tensor]]) -> Callable[..., Tensor]:
-    if name not in table and ":" not in name:
-        raise UserError(f"{section}.estimator={name!r}: choose {', '.join([*table, 'file.py:function'])}")
-    return resolve({"name": name}, table, section)
 
 
 def dtype_of(cfg: Config, device: torch.device) -> torch.dtype:

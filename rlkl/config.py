@@ -178,5 +178,6 @@ def options(section: type = Config, prefix: str = "") -> list[tuple[str, str, st
         shown = re.sub(r"typing\.|<class '(\w+)'>", r"\1", str(kind)).replace("dict[str, Any]", "plug-in")
         shown = re.sub(r"Literal\[(.*)\]", lambda m: m[1].replace("'", "").replace(", ", " | "), shown)
         value = default["name"] if isinstance(default, dict) else default
-        rows.append((prefix + f.name, shown, str(value), section.__pydantic_fields__[f.name].description or ""))
+        line = " ".join((section.__pydantic_fields__[f.name].description or "").split())
+        rows.append((prefix + f.name, shown, str(value), line))
     return rows

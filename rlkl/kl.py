@@ -10,6 +10,10 @@ Tang & Munos 2025, arXiv:2506.09477). With u = log pi(a) - log ref(a), a ~ pi, p
     k1     u                      KL(pi || ref)   nothing (zero)                        KL(pi || ref)
     k2     u²/2                   about KL        KL(pi || ref)                         something else: a trap
     k3     exp(-u) - 1 + u        KL(pi || ref)   KL(ref || pi), the *other* direction  something else: a trap
+    exact  Σ_a pi log(pi/ref)     KL(pi || ref)   KL(pi || ref)                         nothing: refused
+
+A term at each token is right there, but what a token leads into is charged to nobody: only `wk3_prefix`, `k2_sequence`,
+`rao_blackwell`, and k1 in the reward, have the gradient of the *sequence's* KL. `rlkl explain` measures all this.
 """
 
 from __future__ import annotations
@@ -60,13 +64,18 @@ def wk3_token(new: Evaluation, batch: Batch) -> Tensor:
     return (new.logprobs - batch.old_logprobs).clamp(-20, 20).exp() * ref_k3(new, batch)
 
 
+def wk2_token(new: Evaluation, batch: Batch) -> Tensor:
+    """w_t · k2_t, w differentiable: the gradient of E_pi[u²]/2, which is no KL. Here to be warned of."""
+    return (new.logprobs - batch.old_logprobs).clamp(-20, 20).exp() * ref_k2(new, batch)
+
+
 def wk3_prefix(new: Evaluation, batch: Batch) -> Tensor:
     """w_1 ··· w_t · k3_t, differentiable: the exact gradient of the *sequence's* KL(pi || ref), for any pi_old.
 
     A token is charged for the KL of all that follows it; the price is the variance of the product.
     """
-    prefix = (new.logprobs - batch.old_logprobs).masked_fill(~batch.mask, 0.0).cumsum(1)
-    return prefix.clamp(-20, 20).exp() * ref_k3(new, batch)
+    log_ratio = (new.logprobs - batch.old_logprobs).masked_fill(~batch.mask, 0.0)
+    return log_ratio.cumsum(1).clamp(-20, 20).exp() * ref_k3(new, batch)
 
 
 def k2_sequence(new: Evaluation, batch: Batch) -> Tensor:
@@ -75,6 +84,25 @@ def k2_sequence(new: Evaluation, batch: Batch) -> Tensor:
     """
     u = k1(new.logprobs, batch.ref_logprobs).masked_fill(~batch.mask, 0.0)
     return u.detach().sum(1, keepdim=True) * u
+
+
+def exact_pi_ref(new: Evaluation, batch: Batch) -> Tensor:
+    """KL(pi || ref) over the whole vocabulary at each state: no sampling noise, but states are taken as they came."""
+    return new.kl_pi_ref
+
+
+def exact_ref_pi(new: Evaluation, batch: Batch) -> Tensor:
+    """KL(ref || pi) over the whole vocabulary at each state: what k3 as a loss estimates the gradient of."""
+    return new.kl_ref_pi
+
+
+def rao_blackwell(new: Evaluation, batch: Batch) -> Tensor:
+    """w_1 ··· w_{t-1} · KL(pi || ref)(s_t), w differentiable: the *sequence's* KL(pi || ref), for any pi_old.
+
+    The exact KL with credit for the KL of what follows; the least variance (Amini et al. 2025, arXiv:2504.10637).
+    """
+    log_ratio = (new.logprobs - batch.old_logprobs).masked_fill(~batch.mask, 0.0)
+    return (log_ratio.cumsum(1) - log_ratio).clamp(-20, 20).exp() * new.kl_pi_ref
 
 
 def old_k2(new: Evaluation, batch: Batch) -> Tensor:
@@ -88,8 +116,9 @@ def old_k3(new: Evaluation, batch: Batch) -> Tensor:
 
 
 KL_LOSSES = {  # kl_ref.place = loss
-    "k2": ref_k2, "k3": ref_k3, "k3+": ref_k3_straight_through,
-    "wk3_token": wk3_token, "wk3_prefix": wk3_prefix, "k2_sequence": k2_sequence,
+    "k2": ref_k2, "k3": ref_k3, "k3+": ref_k3_straight_through, "k2_sequence": k2_sequence,
+    "wk2_token": wk2_token, "wk3_token": wk3_token, "wk3_prefix": wk3_prefix,
+    "exact_pi_ref": exact_pi_ref, "exact_ref_pi": exact_ref_pi, "rao_blackwell": rao_blackwell,
 }
 KL_OLD_LOSSES = {"k2": old_k2, "k3": old_k3}  # kl_old
 
@@ -110,8 +139,18 @@ def doubling(coef: float, target: float, kl: float) -> float:
     return coef * (0.5 if kl < target / 1.5 else 2.0 if kl > 1.5 * target else 1.0)
 
 
-# What an estimator does in a place where it does not do what it says (place, estimator); the first kind is refused.
-REFUSED = {("loss", "k1"): "its expected gradient is zero, so it would not hold the policy at all"}
-TRAPS = {("reward", "k2"): "k2 in the reward does not lead to the policy that KL(pi || ref) would; k1 does",
-    ("reward", "k3"): "k3 in the reward does not lead to the policy that KL(pi || ref) would; k1 does", ("loss",
-    "k3"): "k3 in the loss has the gradient of KL(ref || pi), the other direction; k2 has that of KL(pi || ref)"}
+# What an estimator does where it does not do what it says, by (place, estimator). The first are refused.
+A_BASELINE = "the KL of a state is the same whatever is sampled there: as a reward it is a baseline, and holds nothing"
+REFUSED = {
+    ("loss", "k1"): "its expected gradient is zero, so it would not hold the policy at all",
+    ("reward", "exact_pi_ref"): A_BASELINE,
+    ("reward", "exact_ref_pi"): A_BASELINE,
+    ("reward", "rao_blackwell"): A_BASELINE,
+}
+RUNAWAY = "in the reward does not lead to the policy that KL(pi || ref) does: actions below ref run away to 0; use k1"
+TRAPS = {
+    ("reward", "k2"): f"k2 {RUNAWAY}",
+    ("reward", "k3"): f"k3 {RUNAWAY}",
+    ("loss", "k3"): "k3 in the loss has the gradient of KL(ref || pi), the other one; k2 has that of KL(pi || ref)",
+    ("loss", "wk2_token"): "w·k2 has the gradient of E[u²]/2, which is no KL; wk3_token has that of KL(pi || ref)",
+}

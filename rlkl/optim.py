@@ -31,11 +31,8 @@ class Optimizer:
         """
         for p in (p for name in frozen for p in self.groups[name]):
             p.grad = None  # AdamW passes over it: no step, no decay, no momentum
-        norms = {
-            name: nn.utils.clip_grad_norm_(params, self.max_grad_norm).item()
-            for name, params in self.groups.items()
-            if name not in frozen
-        }
+        trained = {name: params for name, params in self.groups.items() if name not in frozen}
+        norms = {name: nn.utils.clip_grad_norm_(ps, self.max_grad_norm).item() for name, ps in trained.items()}
         finite = all(math.isfinite(x) for x in (loss, *norms.values()))
         if finite:
             for group, name in zip(self.adamw.param_groups, self.groups, strict=True):

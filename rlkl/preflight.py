@@ -14,14 +14,18 @@ from rlkl.types import Batch, Evaluation
 
 
 def check_plugins(advantage: Callable[..., tuple[Tensor, Tensor | None]], loss: Callable[[Evaluation, Batch], Loss],
-                  names: tuple[str, str], *, group_size: int, critic: bool, dense: bool = False) -> None:
-    """Run both on two random prompts. UserError where they raise, give wrong shapes, or could never teach anything.
+                  names: tuple[str, str], *, group_size: int, critic: bool, dense: bool = False, baseline: bool = False,
+                  selector: Callable[..., Tensor] | None = None) -> None:
+    """Run them on two random prompts. UserError where they raise, give wrong shapes, or could never teach anything.
 
-    `dense`: every token is paid, as with KL in the reward, and not the last one alone.
+    `dense`: every token is paid, as with KL in the reward, and not the last one alone. `baseline`: there is one beside
+    the critic, the score of the greedy reply.
     """
-    batch, new = random_batch(2 * group_size, critic)
-    if dense:  # as with KL in the reward
+    batch, new = random_batch(2 * group_size, critic, group_size)
+    if dense:
         batch.rewards = batch.rewards + 0.1 * batch.old_logprobs
+    if baseline:
+        batch.values = batch.rewards.new_full(batch.mask.shape, 0.25)
     with torch.random.fork_rng(devices=[]):
         try:
             batch.advantages, batch.returns = advantage(batch.rewards, batch.values, batch.mask, group_size=group_size)
@@ -35,6 +39,8 @@ def check_plugins(advantage: Callable[..., tuple[Tensor, Tensor | None]], loss: 
         if critic and batch.returns is None:
             raise UserError(
                 f"advantage.name={names[0]} does not train a critic: set model.critic=none, or advantage.name=gae")
+        if selector is not None:
+            batch.selected = _selected(selector, batch)
         try:
             per_token, stats = loss(new, batch)
         except Exception as error:
@@ -47,12 +53,42 @@ def check_plugins(advantage: Callable[..., tuple[Tensor, Tensor | None]], loss: 
         raise UserError(f"loss.name={names[1]}: its loss does not depend on new.logprobs, so it has no gradient")
 
 
+def _selected(selector: Callable[..., Tensor], batch: Batch) -> Tensor:
+    try:
+        selected = selector(batch, torch.rand(batch.mask.shape, dtype=torch.float64))
+    except Exception as error:
+        raise UserError(f"selector.name: {_said(error)}") from error
+    if selected.shape != batch.mask.shape or selected.dtype != torch.bool:
+        raise UserError(f"selector.name: must give a (B, T) bool tensor; it gave {selected.dtype} of shape "
+                        f"{tuple(selected.shape)} for a {tuple(batch.mask.shape)} batch")
+    return selected
+
+
+def needs_exact_kl(term: Callable[[Evaluation, Batch], Tensor]) -> bool:
+    """Does a KL loss term read `new.kl_pi_ref` or `new.kl_ref_pi`? Tried without them, then with them.
+
+    UserError if it works neither way.
+    """
+    batch, new = random_batch(4, critic=False)
+    exact = new._replace(kl_pi_ref=new.entropy, kl_ref_pi=new.entropy)
+    reason = "it gave no (B, T) tensor"
+    for evaluation in (new, exact):
+        try:
+            found = term(evaluation, batch)
+        except Exception as error:
+            reason = _said(error)
+            continue
+        if isinstance(found, Tensor) and found.shape == batch.mask.shape:
+            return evaluation is exact
+    raise UserError(f"kl_ref.estimator: as a loss term (new, batch) -> (B, T) it does not work: {reason}")
+
+
 def _said(error: Exception) -> str:
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line if type(error) is ValueError else f"failed on a random batch: {type(error).__name__}: {line}"
 
 
-def random_batch(rows: int, critic: bool, columns: int = 4, seed: int = 0) -> tuple[Batch, Evaluation]:
+def random_batch(rows: int, critic: bool, group: int = 2, columns: int = 4, seed: int = 0) -> tuple[Batch, Evaluation]:
     """`rows` ragged replies as they look before credit is given, and an evaluation near them that carries gradients."""
     g = torch.Generator().manual_seed(seed)
 
@@ -61,7 +97,7 @@ def random_batch(rows: int, critic: bool, columns: int = 4, seed: int = 0) -> tu
 
     mask = torch.arange(columns) < torch.randint(1, columns + 1, (rows, 1), generator=g)
     ids, ones = torch.zeros(rows, columns, dtype=torch.long), torch.ones(rows, columns, dtype=torch.bool)
-    old, scores = -normal().abs(), torch.arange(rows) % 2  # right and wrong in every group of two or more
+    old, scores = -normal().abs(), torch.arange(rows) % max(group, 2) == 0  # one right reply in every group
     batch = Batch(ids, ones, ids, mask, old, torch.zeros(rows, dtype=torch.bool), old_logprobs=old,
                   ref_logprobs=old - 0.1 * normal(), values=normal() if critic else None,
                   rewards=token_rewards(scores.float(), mask), old_entropy=normal().abs())

@@ -21,7 +21,7 @@ STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan
 
 
 # Sections of {name: …, **the options of the function it names}; a plain string is the name alone.
-PLUGINS = {"task", "reward", "backend", "advantage", "loss"}
+PLUGINS = {"task", "reward", "backend", "advantage", "selector", "loss"}
 
 
 def named(section: Any) -> Any:
@@ -66,6 +66,30 @@ class Sampling:
     """of sampling and of scoring alike"""
     unanimous: Literal["keep", "drop"] = "keep"
     """groups whose replies all score the same: kept in the update, or dropped before it"""
+    baseline: Literal["none", "greedy"] = "none"
+    """what advantages may be measured against beside a critic: the score of each prompt's greedy reply (remax)"""
+
+
+@dataclass(config=STRICT)
+class Overlong:
+    buffer: NonNegativeInt = 0
+    """tokens before sampling.max_new_tokens over which a reply's score falls; 0 = off"""
+    coef: NonNegativeFloat = 1.0
+    """how far it falls"""
+
+
+@dataclass(config=STRICT)
+class Mismatch:
+    truncate: Literal["none", "token", "sequence"] = "none"
+    """advantages times min(pi_old/mu, cap), mu as the sampler reported it: by token or by reply"""
+    cap: PositiveFloat = 2.0
+    """of truncate"""
+    reject: Literal["none", "token", "sequence", "mean"] = "none"
+    """weight 0 where pi_old/mu is outside [low, high]: by token, by reply, or by the reply's geometric mean"""
+    low: NonNegativeFloat = 0.5
+    """of reject"""
+    high: PositiveFloat = 2.0
+    """of reject"""
 
 
 @dataclass(config=STRICT)
@@ -73,7 +97,7 @@ class KLRef:
     place: Literal["reward", "loss"] = "reward"
     """where KL(pi || ref) is charged"""
     estimator: str = "k1"
-    """in the reward: k1 (k2, k3 are traps); in the loss: k2, k3, k3+, wk3_token, wk3_prefix, k2_sequence"""
+    """reward: k1; loss: k2, k3, k3+, k2_sequence, wk3_token, wk3_prefix, exact_pi_ref, exact_ref_pi, rao_blackwell"""
     coef: NonNegativeFloat = 0.0
     """beta; 0 = off"""
     target: PositiveFloat | None = None
@@ -174,10 +198,16 @@ class Config:
     sampling: Sampling = field(default_factory=Sampling)
     truncation: Literal["terminal", "bootstrap", "mask"] = "terminal"
     """a reply that ran out of room: is over, is worth gamma V(s_T) more, or is not trained on"""
+    overlong: Overlong = field(default_factory=Overlong)
+    mismatch: Mismatch = field(default_factory=Mismatch)
     advantage: Plugin = plugin("grpo")
-    """gae, grpo, dr_grpo, rloo, opo, maxrl, pass_at_k, reinforce_pp, reinforce_pp_baseline or file.py:function"""
+    """gae, grpo, dr_grpo, rloo, opo, maxrl, pass_at_k, best_only, reinforce_pp, reinforce_pp_baseline, remax or
+    file.py:function"""
+    selector: Plugin | None = None
+    """tokens that the losses top_entropy, clip_cov and kl_cov act on: their namesakes, or file.py:function"""
     loss: Plugin = plugin("grpo")
-    """ppo, grpo, surrogate, reinforce, gspo, gmpo, cispo, sapo, dppo_tv, dppo_kl, topr, spo or file.py:function"""
+    """ppo, grpo, dual_clip, surrogate, reinforce, gspo, gmpo, cispo, sapo, dppo_tv, dppo_kl, topr, spo, vespo,
+    top_entropy, clip_cov, kl_cov or file.py:function"""
     kl_ref: KLRef = field(default_factory=KLRef)
     kl_old: KLOld = field(default_factory=KLOld)
     optim: Optim = field(default_factory=Optim)
@@ -204,6 +234,18 @@ class Config:
             if kl.target is not None and kl.coef == 0:
                 raise ValueError(
                     f"{name}.target={kl.target} adapts {name}.coef, which is 0: set {name}.coef > 0 to start from")
+        if self.sampling.baseline != "none" and self.model.critic != "none":
+            raise ValueError(
+                f"sampling.baseline={self.sampling.baseline} and model.critic={self.model.critic} are two baselines: "
+                "set one of them to none")
+        if self.overlong.buffer > self.sampling.max_new_tokens:
+            raise ValueError(f"overlong.buffer={self.overlong.buffer} is longer than a reply can be: at most "
+                             f"sampling.max_new_tokens={self.sampling.max_new_tokens}")
+        if self.kl_ref.target is not None and 5 * self.kl_ref.horizon <= rows:
+            raise ValueError(f"kl_ref.horizon={self.kl_ref.horizon}: with {rows} replies a rollout, coef could fall to "
+                             f"0 at once; more than {rows // 5} is needed")
+        if self.mismatch.low > self.mismatch.high:
+            raise ValueError(f"mismatch.low={self.mismatch.low} is above mismatch.high={self.mismatch.high}")
         if self.truncation == "bootstrap" and self.model.critic == "none":
             raise ValueError(
                 "truncation=bootstrap needs V(s_T): set model.critic=head or network, or truncation=terminal or mask")

@@ -54,14 +54,18 @@ def make_base(folder: Path, progress: Callable[[float, float], None], seed: int 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = character_tokenizer()
-        lm = AutoModelForCausalLM.from_config(
-            LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False,
-            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        lm = AutoModelForCausalLM.from_config(architecture(tokenizer))
         supervise(Policy(lm), tokenizer, progress)
     hf_logging.disable_progress_bar()
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 
 
 def supervise(policy: Policy, tokenizer: PreTrainedTokenizerFast, progress: Callable[[float, float], None]) -> None:

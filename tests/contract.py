@@ -1,10 +1,18 @@
-"""What a loss and an advantage must keep, yours as well as ours.
+"""What a loss, an advantage, a KL, a reward and a task must keep, yours as well as ours.
 
-pytest tests/contract.py --loss my_loss.py:sapo --advantage my_advantage.py:mine     (either or both; options: defaults)
-pytest tests/contract.py                                                             every built-in one
+pytest tests/contract.py --loss my_loss.py:sapo --advantage my_advantage.py:mine     (any of the five, by its defaults)
+pytest tests/contract.py --kl my_kl.py:mine          an estimator (logprobs, ref_logprobs), or a loss term (new, batch)
+pytest tests/contract.py --reward my_reward.py:mine --task my_task.py:Mine           the reward then judges that task
+pytest tests/contract.py                             every built-in one, and every selector
 """
 
+import contextlib
+import copy
 import inspect
+import json
+import math
+import signal
+import time
 import warnings
 
 import pytest
@@ -12,23 +20,43 @@ import torch
 
 from rlkl.advantages import ADVANTAGES
 from rlkl.config import resolve
+from rlkl.kl import KL, KL_LOSSES, KL_OLD_LOSSES
 from rlkl.losses import LOSSES
-from rlkl.types import Batch, Evaluation
+from rlkl.rewards import REWARDS, from_task, judge
+from rlkl.selectors import SELECTORS
+from rlkl.tasks import TASKS
+from rlkl.types import Batch, Evaluation, Example
 
 B, T, G = 6, 5, 3  # two prompts, three replies each, of 5, 1, 3, 2, 4 and 3 tokens
 LENGTHS = (5, 1, 3, 2, 4, 3)
-TABLES = {"loss": LOSSES, "advantage": ADVANTAGES}
-STOPS_GRADIENT = {"gspo", "cispo", "dppo_tv", "dppo_kl", "topr"}  # detached: their gradient is not that of their value
-NOT_REINFORCE: set[str] = set()  # built-in losses whose gradient at ratio 1 is not -A
+TERMS = {f"ref-{name}": f for name, f in KL_LOSSES.items()} | {f"old-{name}": f for name, f in KL_OLD_LOSSES.items()}
+TABLES = {
+    "loss": LOSSES, "advantage": ADVANTAGES, "estimator": KL, "term": TERMS, "reward": REWARDS, "task": TASKS,
+    "selector": SELECTORS}
+OPTIONS = {"estimator": "kl", "term": "kl"}  # the option of the command line that names one; else --KIND
+GIVEN = ("loss", "advantage", "kl", "reward", "task")
+STOPS_GRADIENT = {  # detached: their gradient is not that of their value
+    "gspo", "cispo", "dppo_tv", "dppo_kl", "topr", "vespo", "k2_sequence", "ref_k3_straight_through"}
+NOT_REINFORCE = {"top_entropy", "clip_cov"}  # at ratio 1 their gradient is not -A: some tokens are left out by design
 
 
 def pytest_generate_tests(metafunc):
-    """`loss` and `advantage` are what the command line names, or every entry of their table."""
-    given = {kind: metafunc.config.getoption(f"--{kind}", default=None) for kind in TABLES}
+    """Each kind is what the command line names, or every entry of its table."""
+    given = {option: metafunc.config.getoption(f"--{option}", default=None) for option in GIVEN}
     for kind, table in TABLES.items():
         if kind in metafunc.fixturenames:
-            names = [given[kind]] if given[kind] else [] if any(given.values()) else list(table)
+            name = given.get(OPTIONS.get(kind, kind))
+            names = [name] if name else [] if any(given.values()) else list(table)
+            if name and kind in OPTIONS and kind_of_kl(resolve({"name": name}, KL | TERMS, "kl").func) != kind:
+                names = []
+            if kind == "reward" and not any(given.values()):
+                names += [f"task {name}" for name in TASKS]  # what a run without a reward is judged by
             metafunc.parametrize(kind, names, indirect=True)
+
+
+def kind_of_kl(function) -> str:
+    """A loss term takes (new, batch), an estimator of a value (logprobs, ref_logprobs)."""
+    return "term" if {"new", "batch"} & set(inspect.signature(function).parameters) else "estimator"
 
 
 @pytest.fixture
@@ -41,12 +69,64 @@ def advantage(request):
     return resolve({"name": request.param}, ADVANTAGES, "advantage")
 
 
-def report(message: str, function, exempt: set[str]) -> None:
-    """A property that a sound loss may lack: one of ours is held to it, a user's is told and marked as expected."""
-    name = function.func.__name__
-    assert LOSSES.get(name) is not function.func or name in exempt, message
+@pytest.fixture
+def estimator(request):
+    return resolve({"name": request.param}, KL, "kl")
+
+
+@pytest.fixture
+def term(request):
+    return resolve({"name": request.param}, TERMS, "kl")
+
+
+@pytest.fixture
+def selector(request):
+    return resolve({"name": request.param}, SELECTORS, "selector")
+
+
+def make_task(name: str, folder):
+    """split -> task, with a small file of problems for the one that reads a file."""
+    if name != "jsonl":
+        return resolve({"name": name}, TASKS, "task")
+    rows = [{"prompt": f"What is {n} + {n}? ", "answer": 2 * n, "level": n % 3} for n in range(40)]
+    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return resolve({"name": name, "path": str(folder / "sums.jsonl")}, TASKS, "task")
+
+
+@pytest.fixture
+def task(request, tmp_path):
+    return make_task(request.param, tmp_path)
+
+
+@pytest.fixture
+def problems(request, tmp_path):
+    """Examples for a reward, two of them: those of --task, else sums."""
+    made = make_task(request.config.getoption("--task", default=None) or "addition", tmp_path)("train")
+    return [made[0], made[len(made) - 1]]
+
+
+@pytest.fixture
+def reward(request, tmp_path):
+    what, _, name = request.param.partition(" ")
+    if what != "task":
+        return resolve({"name": request.param}, REWARDS, "reward")
+    return from_task(make_task(name, tmp_path)("train").score)
+
+
+def report(message: str, function, exempt: set[str] = frozenset()) -> None:
+    """A property that a sound one may lack: one of ours is held to it, a user's is told and marked as expected."""
+    found = getattr(function, "func", function)
+    ours = any(found is f for table in TABLES.values() for f in table.values())
+    assert not ours or found.__name__ in exempt, message
     warnings.warn(message, stacklevel=2)
     pytest.xfail(message)
+
+
+def options_are_keywords(function, positional: int) -> None:
+    """The first `positional` parameters are the data; what follows is an option, and an option has a name."""
+    parameters = list(inspect.signature(getattr(function, "func", function)).parameters.values())
+    assert [p.kind for p in parameters[:positional]] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * positional
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters[positional:])
 
 
 def problem(seed: int = 0, sigma: float = 0.5, per_row: bool = False) -> tuple[Evaluation, Batch]:
@@ -65,12 +145,25 @@ def problem(seed: int = 0, sigma: float = 0.5, per_row: bool = False) -> tuple[E
     batch.weights, batch.selected = mask / mask.sum(), mask & (torch.rand(B, T, generator=g) > 0.3)
     new = (batch.old_logprobs + sigma * normal(), normal().abs(), batch.values + sigma * normal())
     leaves = [x.masked_fill(~mask, 0.0).requires_grad_() for x in new]
-    kls = (normal().abs() * mask, normal().abs() * mask)
+    kls = ((normal().abs() * mask).requires_grad_() for _ in range(2))
     return Evaluation(*leaves, normal(1)[:, 0], *kls), batch
 
 
 def rows_of(new: Evaluation, rows: list[int], columns: int = T) -> Evaluation:
     return Evaluation(*(x[rows] if x.dim() == 1 else x[rows, :columns] for x in new))
+
+
+def widened(new: Evaluation, batch: Batch, more: int = 4) -> tuple[Evaluation, Batch]:
+    """The same with `more` columns of padding, and other ids and numbers wherever no token is."""
+    wide = torch.nn.functional.pad(batch.mask, (0, more))
+
+    def widen(x: torch.Tensor, junk: float) -> torch.Tensor:
+        return torch.nn.functional.pad(x.detach(), (0, more)).masked_fill(~wide, junk)
+
+    other = {n: widen(x, 7) for n, x in vars(batch).items() if torch.is_tensor(x) and x.shape == batch.mask.shape}
+    other |= {"mask": wide, "prompt_ids": batch.prompt_ids, "prompt_mask": batch.prompt_mask}
+    junk = Evaluation(*(x if x.dim() == 1 else widen(x, 3.0).requires_grad_() for x in new))
+    return junk, Batch(**other, truncated=batch.truncated, temperature=batch.temperature)
 
 
 def contents(*holders: object) -> list[torch.Tensor]:
@@ -96,9 +189,7 @@ def test_a_loss_gives_one_finite_number_a_token_and_diagnostics_alike(loss):
 
 
 def test_the_options_of_a_loss_are_keywords(loss):
-    kinds = [p.kind for p in inspect.signature(loss.func).parameters.values()]
-    assert kinds[:2] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2
-    assert all(k is inspect.Parameter.KEYWORD_ONLY for k in kinds[2:])
+    options_are_keywords(loss, 2)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -126,16 +217,8 @@ def test_a_loss_writes_to_nothing_it_is_given(loss):
 def test_what_lies_behind_the_mask_changes_no_loss_and_no_gradient(loss):
     """Other ids, other numbers and four more columns of padding."""
     new, batch = problem()
-    more = 4
-    wide = torch.nn.functional.pad(batch.mask, (0, more))
-
-    def widen(x: torch.Tensor, junk: float) -> torch.Tensor:
-        return torch.nn.functional.pad(x.detach(), (0, more)).masked_fill(~wide, junk)
-
-    other = {n: widen(x, 7) for n, x in vars(batch).items() if torch.is_tensor(x) and x.shape == (B, T)}
-    other |= {"mask": wide, "prompt_ids": batch.prompt_ids, "prompt_mask": batch.prompt_mask}
-    junk = Evaluation(*(x if x.dim() == 1 else widen(x, 3.0).requires_grad_() for x in new))
-    other = Batch(**other, truncated=batch.truncated, temperature=batch.temperature)
+    junk, other = widened(new, batch)
+    wide = other.mask
     torch.testing.assert_close(loss(junk, other)[0][wide], loss(new, batch)[0][batch.mask], atol=1e-12, rtol=0)
     narrow, wider = gradient(loss, new, batch), gradient(loss, junk, other)
     torch.testing.assert_close(wider[wide], narrow[batch.mask], atol=1e-12, rtol=0)
@@ -214,10 +297,8 @@ def test_an_advantage_gives_one_number_a_token_and_zero_behind_the_mask(advantag
 
 
 def test_the_options_of_an_advantage_are_keywords(advantage):
-    parameters = list(inspect.signature(advantage.func).parameters.values())
-    assert all(p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for p in parameters[:3])
-    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters[3:])
-    assert "group_size" in {p.name for p in parameters[3:]}
+    options_are_keywords(advantage, 3)
+    assert "group_size" in inspect.signature(advantage.func).parameters
 
 
 def test_an_advantage_writes_to_nothing_it_is_given(advantage, scored):
@@ -266,3 +347,355 @@ def test_degenerate_groups_stay_finite(advantage, group_size, scored):
                 assert x.isfinite().all()
                 assert x[~m].eq(0).all()
                 assert x.abs().max() < 1e3, "a group without spread must not be blown up"
+
+
+# KL as a number: for the reward and the meters
+def log_policies(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Float64 log-probs of the policy (a leaf) and of the reference, and the mask that neither is given."""
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
+    pi, ref = -torch.randn(2, B, T, generator=g, dtype=torch.float64).abs() - 0.1
+    return (pi * mask).requires_grad_(), ref * mask, mask
+
+
+def test_an_estimator_gives_one_finite_number_a_token(estimator):
+    pi, ref, _ = log_policies()
+    value = estimator(pi, ref)
+    assert value.shape == pi.shape
+    assert value.isfinite().all()
+    assert value.detach().abs().sum() > 0, "it must depend on what it is given"
+    assert estimator(torch.full((1, 1), -1e4), torch.zeros(1, 1)).isfinite().all(), "of one broken token"
+
+
+def test_the_options_of_an_estimator_are_keywords(estimator):
+    options_are_keywords(estimator, 2)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_gradient_of_an_estimator_is_that_of_its_value(estimator, seed):
+    pi, ref, _ = log_policies(seed)
+    if not torch.autograd.gradcheck(lambda x: estimator(x, ref), pi, raise_exception=False):
+        report("its gradient is not that of its value: harmless in the reward, where no gradient is taken", estimator,
+            STOPS_GRADIENT)
+
+
+def test_an_estimator_writes_to_nothing_it_is_given(estimator):
+    pi, ref, _ = log_policies()
+    before = pi.detach().clone(), ref.clone()
+    estimator(pi.detach(), ref)
+    assert torch.equal(pi.detach(), before[0])
+    assert torch.equal(ref, before[1])
+
+
+@pytest.mark.parametrize("junk", [0.0, 7.0, float("nan")])
+def test_an_estimator_looks_at_no_other_token(estimator, junk):
+    """It is given no mask, so it cannot know which of the others are padding: other numbers there, and more columns."""
+    pi, ref, mask = log_policies()
+    wide = torch.nn.functional.pad(mask, (0, 3))
+    other = [torch.nn.functional.pad(x.detach(), (0, 3)).masked_fill(~wide, junk) for x in (pi, ref)]
+    torch.testing.assert_close(estimator(*other)[wide], estimator(pi, ref)[mask].detach(), atol=1e-12, rtol=0)
+    rows = [4, 1]
+    torch.testing.assert_close(estimator(pi[rows], ref[rows]), estimator(pi, ref)[rows], atol=1e-12, rtol=0)
+
+
+def test_an_estimator_is_zero_where_the_policies_are_equal(estimator):
+    pi, _, _ = log_policies()
+    assert estimator(pi, pi.detach().clone()).eq(0).all()
+
+
+# KL as a loss term
+def equal_policies() -> tuple[Evaluation, Batch]:
+    new, batch = problem()
+    batch.old_logprobs = batch.ref_logprobs = new.logprobs.detach().clone()
+    zero = [torch.zeros_like(x, requires_grad=True) for x in (new.kl_pi_ref, new.kl_ref_pi)]
+    return new._replace(kl_pi_ref=zero[0], kl_ref_pi=zero[1]), batch
+
+
+def test_a_term_gives_one_finite_number_a_token_that_depends_on_the_policy(term):
+    new, batch = problem()
+    value = term(new, batch)
+    assert value.shape == batch.mask.shape, "an unreduced (B, T) term; train.py weighs and sums it"
+    assert value[batch.mask].isfinite().all()
+    assert value.requires_grad, "a term without a gradient does nothing"
+    leaves = (new.logprobs, new.kl_pi_ref, new.kl_ref_pi)
+    found = torch.autograd.grad(value[batch.mask].sum(), leaves, allow_unused=True)
+    assert any(g is not None and g[batch.mask].abs().sum() > 0 for g in found), "a term without a gradient does nothing"
+
+
+def test_the_options_of_a_term_are_keywords(term):
+    options_are_keywords(term, 2)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_gradient_of_a_term_is_that_of_its_value(term, seed):
+    """gradcheck in float64: log-probs and the exact KLs."""
+    new, batch = problem(seed)
+
+    def f(logprobs, pi_ref, ref_pi):
+        return term(new._replace(logprobs=logprobs, kl_pi_ref=pi_ref, kl_ref_pi=ref_pi), batch)[batch.mask]
+
+    if not torch.autograd.gradcheck(f, (new.logprobs, new.kl_pi_ref, new.kl_ref_pi), raise_exception=False):
+        report("its gradient is not that of its value: right with a detach (k3+ …), else a mistake", term,
+            STOPS_GRADIENT)
+
+
+def test_a_term_writes_to_nothing_it_is_given(term):
+    new, batch = problem()
+    before = [x.detach().clone() for x in contents(new, batch)]
+    term(new, batch).sum().backward()
+    for was, x in zip(before, contents(new, batch), strict=True):
+        assert torch.equal(was, x.detach())
+
+
+def term_gradient(term, new: Evaluation, batch: Batch) -> list[torch.Tensor]:
+    leaves = (new.logprobs, new.kl_pi_ref, new.kl_ref_pi)
+    return torch.autograd.grad(term(new, batch)[batch.mask].sum(), leaves, allow_unused=True, materialize_grads=True)
+
+
+def test_what_lies_behind_the_mask_changes_no_term_and_no_gradient(term):
+    """Other ids, other numbers and four more columns of padding."""
+    new, batch = problem()
+    junk, other = widened(new, batch)
+    wide = other.mask
+    torch.testing.assert_close(term(junk, other)[wide], term(new, batch)[batch.mask], atol=1e-12, rtol=0)
+    for wider, narrow in zip(term_gradient(term, junk, other), term_gradient(term, new, batch), strict=True):
+        torch.testing.assert_close(wider[wide], narrow[batch.mask], atol=1e-12, rtol=0)
+        assert wider[~wide].eq(0).all()
+
+
+@pytest.mark.parametrize("cut", [[[0], [1, 2, 3, 4, 5]], [[5, 1], [3, 0, 2], [4]]], ids=len)
+def test_a_term_compares_no_rows(term, cut):
+    """Each micro-batch, trimmed, gives its rows the term that the whole batch gives them."""
+    new, batch = problem()
+    whole = term(new, batch)
+    for rows in cut:
+        micro = batch[rows].trim()
+        got = term(rows_of(new, rows, micro.mask.shape[1]), micro)
+        torch.testing.assert_close(got[micro.mask], whole[rows][batch.mask[rows]], atol=1e-12, rtol=0)
+
+
+def test_a_term_is_zero_where_the_policies_are_equal(term):
+    """The value exactly; and no noise: ∂term/∂log pi = 0 there, sample by sample."""
+    new, batch = equal_policies()
+    assert term(new, batch)[batch.mask].eq(0).all()
+    g = term_gradient(term, new, batch)[0]
+    if g.abs().max() > 1e-12:
+        report(f"noise: where the policies are equal its gradient is not 0, but up to {float(g.abs().max()):.3g}", term)
+
+
+# Selectors
+def selection(seed: int = 0) -> tuple[Batch, torch.Tensor]:
+    """A batch with covariances of every size, and uniforms."""
+    _, batch = problem(seed)
+    batch.advantages = 3 * batch.advantages
+    return batch, torch.rand(B, T, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_selector_picks_sampled_tokens_at_least_one(selector, seed):
+    batch, uniforms = selection(seed)
+    selected = selector(batch, uniforms)
+    assert selected.shape == batch.mask.shape
+    assert selected.dtype == torch.bool
+    assert not (selected & ~batch.mask).any()
+    assert selected.any()
+    batch.selected = selected  # the shape that Batch accepts
+
+
+def test_the_options_of_a_selector_are_keywords(selector):
+    options_are_keywords(selector, 2)
+
+
+def test_a_selector_writes_to_nothing_it_is_given(selector):
+    batch, uniforms = selection()
+    before = [x.clone() for x in (*contents(batch), uniforms)]
+    selector(batch, uniforms)
+    for was, x in zip(before, (*contents(batch), uniforms), strict=True):
+        assert torch.equal(was, x)
+
+
+def test_a_selector_sees_neither_padding_nor_the_order_of_rows(selector):
+    """Four more columns, other numbers behind the mask, NaN among the uniforms there; and the rows the other way."""
+    batch, uniforms = selection()
+    expected = selector(batch, uniforms)
+    _, other = widened(problem()[0], batch)
+    junk = torch.nn.functional.pad(uniforms, (0, 4)).masked_fill(~other.mask, float("nan"))
+    assert torch.equal(selector(other, junk)[:, :T], expected)
+    assert not selector(other, junk)[:, T:].any()
+    rows = list(range(B))[::-1]
+    assert torch.equal(selector(batch[rows], uniforms[rows]), expected[rows])
+
+
+# Tasks
+GARBAGE = (
+    "", " ", "\n\n", "0", "-", "nan", "inf", "1e999", "1/0", "None", "{}", '{"answer": ', "\\boxed{", "</think>",
+    "####", "π ≈ 3,14 · 10⁻² ½ ٣ 四", "\u202e\u200b\x00\ufffd", "💥" * 50)
+LONG = ("9", "a", " ", "(", "1+", "\\boxed{", "<think>", "1,", "0.", "\n", "ab ", "{[", "-")  # repeated
+
+
+@contextlib.contextmanager
+def within(seconds: float, what: str):
+    """AssertionError if it takes longer; where the system has timers, in the midst of a runaway search too."""
+    message, start = f"{what} took longer than {seconds} s", time.perf_counter()
+
+    def late(number, frame):
+        raise AssertionError(message)
+
+    timer = hasattr(signal, "setitimer")
+    if timer:
+        was = signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        if timer:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, was)
+    assert time.perf_counter() - start < seconds, message
+
+
+def some(made) -> list[Example]:
+    """Up to five examples from all over a task."""
+    return [made[i] for i in sorted({round(k * (len(made) - 1) / 4) for k in range(5)})]
+
+
+def total(score: float | dict[str, float]) -> float:
+    return sum(score.values()) if isinstance(score, dict) else score
+
+
+def check_score(score) -> None:
+    named = score if isinstance(score, dict) else {"score": score}
+    assert named, "a dict of parts must have one"
+    for name, x in named.items():
+        assert isinstance(name, str)
+        assert isinstance(x, int | float), f"{name} is {x!r}, not a number"
+        assert math.isfinite(x), f"{name} is {x!r}"
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_a_task_is_a_list_of_examples(task, split):
+    """Each a prompt that is not empty, the same whenever it is asked for."""
+    made, again = task(split), task(split)
+    assert len(made) == len(again) > 0
+    for i in sorted({0, len(made) // 2, len(made) - 1}):
+        example = made[i]
+        assert isinstance(example, Example)
+        assert isinstance(example.answer, str)
+        assert isinstance(example.info, dict)
+        if isinstance(example.prompt, str):
+            assert example.prompt.strip()
+        else:
+            assert example.prompt
+            assert all({"role", "content"} <= set(message) for message in example.prompt)
+        assert example == made[i] == again[i]
+
+
+def test_the_options_of_a_task_are_keywords(task):
+    options_are_keywords(task, 1)
+
+
+def test_no_prompt_is_both_trained_on_and_held_out(task):
+    made = [task(split) for split in ("train", "heldout")]
+    train, heldout = ({json.dumps(m[i].prompt, sort_keys=True) for i in range(len(m))} for m in made)
+    assert not train & heldout
+
+
+def test_a_score_is_a_finite_number_whatever_the_reply(task):
+    """Or a dict of them; a policy can write anything, and one exception would end the run."""
+    made = task("train")
+    for example in some(made):
+        for reply in (*GARBAGE, example.answer, example.answer[:-1], f"{example.answer} or {example.answer}\n"):
+            with within(1.0, f"the score of {reply[:20]!r}"):
+                check_score(made.score(example, reply))
+
+
+@pytest.mark.parametrize("piece", LONG)
+def test_a_score_takes_no_time_however_long_the_reply(task, piece):
+    """10 000 characters, in under a second: no regular expression that runs away, no int() of ten thousand digits."""
+    made = task("train")
+    example = made[0]
+    made.score(example, piece)  # what is loaded at the first call is not counted
+    for reply in (piece * (10_000 // len(piece)), piece * (10_000 // len(piece)) + "!"):
+        with within(1.0, f"the score of ten thousand characters of {piece!r}"):
+            check_score(made.score(example, reply))
+
+
+def test_a_score_depends_on_nothing_but_the_example_and_the_reply(task):
+    """The same whatever was scored before, by either split's task; and the example is left as it was."""
+    made, other = task("train"), task("heldout")
+    cases = [(e, reply) for e in some(made) for reply in (e.answer, "", "7", "💥")]
+    before = copy.deepcopy([e for e, _ in cases])
+    first = [copy.deepcopy(made.score(*case)) for case in cases]
+    assert [made.score(*case) for case in cases[::-1]] == first[::-1]
+    assert [other.score(*case) for case in cases] == first
+    assert before == [e for e, _ in cases]
+
+
+def test_the_right_answer_scores_one_and_an_empty_reply_less(task):
+    """heldout/accuracy counts a reply as right from a score of 1."""
+    made = task("train")
+    for example in some(made):
+        if example.answer:
+            right, wrong = (total(made.score(example, reply)) for reply in (example.answer, ""))
+            assert wrong < 1, "an empty reply is right"
+            if right < 1:
+                report(f"the bare answer {example.answer!r} scores {right}: right if the format is scored too", task)
+
+
+# Rewards
+def judged(problems: list[Example], seed: int = 0) -> tuple[list[Example], list[str], Batch]:
+    """Two groups of replies: right, nearly right, and garbage."""
+    _, batch = problem(seed)
+    a, b = problems[0], problems[-1]
+    replies = [a.answer, f"{a.answer} ", "", "💥 not at all", b.answer, f"so it is {b.answer}"]
+    return [a] * G + [b] * G, replies, batch
+
+
+def scores_of(reward, examples, replies, batch) -> dict[str, torch.Tensor]:
+    """The scores and their parts by name, as the loop reads them (UserError where they make no sense)."""
+    scores, parts = judge(reward, examples, replies, batch)
+    return {"the score": scores} | {name: torch.as_tensor(x) for name, x in parts.items()}
+
+
+def test_a_reward_gives_one_finite_score_a_reply_and_parts_alike(reward, problems):
+    for name, x in scores_of(reward, *judged(problems)).items():
+        assert x.shape == (B,), f"{name} must be (B,)"
+        assert x.isfinite().all(), f"{name} must be finite"
+    examples, _, batch = judged(problems)
+    for i in range(0, len(GARBAGE), B):
+        replies = (*GARBAGE, *GARBAGE)[i : i + B]
+        assert all(x.isfinite().all() for x in scores_of(reward, examples, replies, batch).values())
+
+
+def test_the_options_of_a_reward_are_keywords(reward):
+    if hasattr(reward, "func"):  # that of a task is made by from_task, and takes none
+        options_are_keywords(reward, 3)
+
+
+@pytest.mark.parametrize("order", [[3, 4, 5, 0, 1, 2], [2, 0, 1, 4, 5, 3]], ids=["groups", "within groups"])
+def test_the_scores_follow_their_rows(reward, problems, order):
+    """In another order, which keeps groups together, every reply has the score that it had."""
+    examples, replies, batch = judged(problems)
+    expected = scores_of(reward, examples, replies, batch)
+    got = scores_of(reward, [examples[i] for i in order], [replies[i] for i in order], batch[order])
+    assert set(got) == set(expected)
+    for name, x in got.items():
+        torch.testing.assert_close(x, expected[name][order], msg=f"{name} depends on the order of the rows")
+
+
+def test_a_reward_writes_to_nothing_it_is_given(reward, problems):
+    examples, replies, batch = judged(problems)
+    before = copy.deepcopy((examples, replies)), [x.clone() for x in contents(batch)]
+    judge(reward, examples, replies, batch)
+    assert (examples, replies) == before[0]
+    for was, x in zip(before[1], contents(batch), strict=True):
+        assert torch.equal(was, x)
+
+
+def test_what_lies_behind_the_mask_changes_no_score(reward, problems):
+    """Other ids and four more columns: a reply is as long as its mask says."""
+    examples, replies, batch = judged(problems)
+    _, other = widened(problem()[0], batch)
+    expected = scores_of(reward, examples, replies, batch)
+    for name, x in scores_of(reward, examples, replies, other).items():
+        torch.testing.assert_close(x, expected[name], msg=f"{name} depends on padding")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rlkl.advantages import (
     ADVANTAGES,
+    best_only,
     dr_grpo,
     gae,
     grpo,
@@ -26,7 +27,7 @@ from rlkl.advantages import (
 
 GROUP = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}
 ONE_SCORE = {"maxrl": maxrl, "pass_at_k": pass_at_k}  # no pay on any token but the last
-BY_GROUP = GROUP | ONE_SCORE | {"opo": opo, "reinforce_pp_baseline": reinforce_pp_baseline}
+BY_GROUP = GROUP | ONE_SCORE | {"opo": opo, "best_only": best_only, "reinforce_pp_baseline": reinforce_pp_baseline}
 RAGGED = [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0]]
 HOLES = [[1, 0, 0, 1, 1, 0, 1], [0, 0, 1, 1, 0, 1, 0], [0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 0]]
 BAD = float("nan")
@@ -247,7 +248,7 @@ def test_rows_that_do_not_divide_into_groups_are_refused(name):
         BY_GROUP[name](on_last(torch.ones(4), mask), None, mask, group_size=3)
 
 
-@pytest.mark.parametrize("name", GROUP | {"opo": opo})
+@pytest.mark.parametrize("name", GROUP | {"opo": opo, "best_only": best_only})
 def test_groups_are_consecutive_rows(name):
     """Rows "(n g)": the advantage of a group does not depend on the other group."""
     rewards, _, mask = problem(RAGGED)
@@ -269,6 +270,11 @@ def on_tokens(per_row: list[float], mask: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("estimator", "scores", "expected"),
     [
+        (best_only, [1, 2, 4, 9], [0.0, 0.0, 0.0, 5.0]),
+        (best_only, [7, -3, 4, 2], [3.0, 0.0, 0.0, 0.0]),
+        (best_only, [-1, -2, -4, -9], [1.0, 0.0, 0.0, 0.0]),
+        (best_only, [9, 2, 4, 9], [0.0, 0.0, 0.0, 0.0]),  # the best two are equal: either could be left out
+        (best_only, [0, 0, 1, 0], [0.0, 0.0, 1.0, 0.0]),
         (opo, [1, 2, 4, 9], [-4.3, -3.3, -1.3, 3.7]),  # b = (1·1 + 2·2 + 3·4 + 4·9) / 10 = 5.3
         (maxrl, [1, 2, 4, 9], [-0.75, -0.5, 0.0, 1.25]),
         (maxrl, [0, 0, 0, 0], [0.0, 0.0, 0.0, 0.0]),
@@ -283,6 +289,22 @@ def test_the_textbook_example_of_the_others(estimator, scores, expected):
     got, targets = estimator(rewards, None, mask, group_size=4)
     assert targets is None
     torch.testing.assert_close(got, on_tokens(expected, mask), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("scores", [[1, 2, 4, 9], [3, 3, 1, 0], [-1, -5, -2, -3], [0, 0, 0, 1], [2, 2, 2, 2]])
+def test_best_only_is_what_the_groups_best_score_loses_without_a_reply(scores):
+    """max@G, leave-one-out: max R - max of the others' R, for each reply."""
+    rewards, mask = staircase(scores)
+    expected = [max(scores) - max(scores[:i] + scores[i + 1 :]) for i in range(4)]
+    got, _ = best_only(rewards, None, mask, group_size=4)
+    torch.testing.assert_close(got, on_tokens(expected, mask), atol=0, rtol=0)
+
+
+def test_best_only_finds_the_best_of_each_group_of_its_own():
+    scores = torch.tensor([5.0, 1.0, 6.0, 8.0, 0.0, 0.0])
+    mask = torch.ones(6, 2, dtype=torch.bool)
+    got = best_only(on_last(scores, mask), None, mask, group_size=2)[0][:, 0]
+    assert got.tolist() == [4.0, 0.0, 0.0, 2.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(("size", "right", "k"), [(4, 1, 1), (4, 2, 2), (5, 1, 3), (6, 2, 3), (6, 1, 6), (5, 3, 2)])

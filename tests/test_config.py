@@ -8,7 +8,7 @@ from typing import get_type_hints
 import pytest
 
 import train
-from rlkl import build, config, kl, preflight, schema, terminal
+from rlkl import algorithm, config, kl, preflight, schema, terminal
 from rlkl.advantages import ADVANTAGES
 from rlkl.config import load, resolve
 from rlkl.errors import UserError
@@ -201,12 +201,12 @@ def test_a_group_of_one_is_refused_where_the_group_is_the_baseline(name):
 
 def test_k1_is_refused_as_a_loss_and_only_there():
     """Its expected gradient is zero: it would look like a penalty and hold nothing."""
-    message = refused(build.kl_terms, load(["kl_ref.coef=1", "kl_ref.place=loss", "kl_ref.estimator=k1"]), None)
+    message = refused(algorithm.kl_terms, load(["kl_ref.coef=1", "kl_ref.place=loss", "kl_ref.estimator=k1"]))
     assert "k1" in message
     assert "k2, k3" in message
-    term, _ = build.kl_terms(load(["kl_ref.coef=1", "kl_ref.place=reward", "kl_ref.estimator=k1"]), None)
+    term, _ = algorithm.kl_terms(load(["kl_ref.coef=1", "kl_ref.place=reward", "kl_ref.estimator=k1"]))
     assert term.func is kl.k1
-    term, _ = build.kl_terms(load(["kl_ref.coef=1", "kl_ref.place=loss", "kl_ref.estimator=k2"]), None)
+    term, _ = algorithm.kl_terms(load(["kl_ref.coef=1", "kl_ref.place=loss", "kl_ref.estimator=k2"]))
     assert term.func is kl.ref_k2
 
 
@@ -219,7 +219,7 @@ def test_k1_is_refused_as_a_loss_and_only_there():
     ],
 )
 def test_an_unknown_estimator_is_refused_with_the_choices(argv, key, choices):
-    message = refused(build.kl_terms, load(argv), None)
+    message = refused(algorithm.kl_terms, load(argv))
     assert key in message
     assert "'k9'" in message
     assert choices in message

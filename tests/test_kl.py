@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkl.kl import KL, KL_LOSSES, KL_OLD_LOSSES, REFUSED, TRAPS, doubling, k1, k2, k3, proportional
-from rlkl.types import Batch, Evaluation
+from rlkl.logprobs import token_logprobs
+from rlkl.types import Batch, Evaluation, Head
 
 V, F64 = 7, torch.float64
 P_NATS = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()
@@ -35,11 +36,13 @@ def grad(x: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
 
 
 def enumerated(pi: torch.Tensor, **fields: torch.Tensor) -> tuple[Evaluation, Batch]:
-    """Every token of the vocabulary as one row with one token."""
+    """Every token of the vocabulary as one row with one token; the exact KLs to ref, if there is one, by definition."""
     ids, ones = torch.zeros(V, 1, dtype=torch.long), torch.ones(V, 1, dtype=torch.bool)
     column = {name: x[:, None] for name, x in fields.items()}
     batch = Batch(ids, ones, ids, ones, torch.zeros(V, 1), torch.zeros(V, dtype=torch.bool), **column)
-    return Evaluation(pi[:, None], torch.zeros(V, 1)), batch
+    exact = [kl(pi, fields["ref_logprobs"]), kl(fields["ref_logprobs"], pi)] if "ref_logprobs" in fields else []
+    exact = [x.expand(V, 1) for x in exact]
+    return Evaluation(pi[:, None], torch.zeros(V, 1), None, None, *exact), batch
 
 
 def close(a: torch.Tensor, b: torch.Tensor, atol: float = 1e-13) -> None:
@@ -94,6 +97,25 @@ def test_the_spread_of_the_reference_example():
         assert float(((p * x.square()).sum() - (p * x).sum().square()).sqrt()) == pytest.approx(std, abs=5e-7)
 
 
+def test_the_seed_check_in_every_unit_by_the_librarys_own_functions():
+    """By E_P[k1], by E_P[k3] and by token_logprobs over the vocabulary. A public note that claims 0.0915 is wrong in
+    nats, bits and hartleys, in either direction, symmetrised, and as a sum of |terms|.
+    """
+    eye, ids = Head(torch.eye(4, dtype=F64)), torch.tensor([2])
+    stats = token_logprobs(P_NATS[None], eye, ids, ref_hidden=Q_NATS[None], ref_head=eye)
+    for forward in ((P_NATS.exp() * k1(P_NATS, Q_NATS)).sum(), (P_NATS.exp() * k3(P_NATS, Q_NATS)).sum(),
+                    stats.kl_pi_ref[0]):
+        assert float(forward) == pytest.approx(0.033979807359, abs=5e-13)
+        assert float(forward) / math.log(2) == pytest.approx(0.049022499567, abs=5e-13)
+    assert float(stats.kl_ref_pi[0]) == pytest.approx(0.035334910697, abs=5e-13)
+    assert float(stats.logprobs[0]) == pytest.approx(math.log(0.2), abs=1e-14)
+    p, q = float(stats.kl_pi_ref[0]), float(stats.kl_ref_pi[0])
+    terms = P_NATS.exp() * k1(P_NATS, Q_NATS)
+    readings = [p, q, p + q, (p + q) / 2, float(terms.abs().sum()), float(terms.clamp(min=0).sum())]
+    for unit in (1.0, math.log(2), math.log(10)):
+        assert min(abs(x / unit - 0.0915) for x in readings) > 5e-3
+
+
 # Gradients, as losses on samples of pi: E_pi[∇ k], the weights pi not differentiated
 def expected_gradient(estimator, logits: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
     pi = logits.log_softmax(-1)
@@ -120,7 +142,20 @@ def test_k3_as_a_loss_has_the_gradient_of_the_forward_kl(policies):
 
 
 @pytest.mark.parametrize(
-    ("name", "target"), [("k2", lambda pi, ref: kl(pi, ref)), ("k3", lambda pi, ref: kl(ref, pi))], ids=["k2", "k3"]
+    ("name", "target"),
+    [
+        ("k2", kl),
+        ("k3+", kl),
+        ("k3", lambda pi, ref: kl(ref, pi)),
+        ("exact_pi_ref", kl),
+        ("exact_ref_pi", lambda pi, ref: kl(ref, pi)),
+        ("rao_blackwell", kl),
+        ("wk2_token", lambda pi, ref: (pi.exp() * (pi - ref).square() / 2).sum()),  # no KL
+        ("wk3_token", kl),
+        ("wk3_prefix", kl),
+        ("k2_sequence", kl),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_reference_loss_terms_have_the_gradient_they_state(policies, name, target):
     logits, ref, _ = policies
@@ -128,7 +163,81 @@ def test_reference_loss_terms_have_the_gradient_they_state(policies, name, targe
     new, batch = enumerated(pi, ref_logprobs=ref, old_logprobs=pi.detach())
     term = KL_LOSSES[name](new, batch)
     close(grad((pi.exp().detach()[:, None] * term).sum(), logits), grad(target(pi, ref), logits))
+    assert {name for name, *_ in KL_LOSSES.items()} == set(EVERY_TERM)
 
+
+EVERY_TERM = (
+    "k2", "k3", "k3+", "exact_pi_ref", "exact_ref_pi", "rao_blackwell", "wk2_token", "wk3_token", "wk3_prefix",
+    "k2_sequence")
+
+
+@pytest.mark.parametrize("name", ["wk2_token", "wk3_token", "wk3_prefix", "exact_pi_ref", "rao_blackwell"])
+def test_of_one_token_these_have_their_gradient_whatever_policy_sampled(policies, name):
+    """w is differentiable, or nothing is sampled: E_old[∇ term] is the same from any pi_old."""
+    logits, ref, old = policies
+    pi = logits.log_softmax(-1)
+    new, batch = enumerated(pi, ref_logprobs=ref, old_logprobs=old)
+    target = (pi.exp() * (pi - ref).square() / 2).sum() if name == "wk2_token" else kl(pi, ref)
+    expected = (old.exp()[:, None] * KL_LOSSES[name](new, batch)).sum()
+    close(grad(expected, logits), grad(target, logits))
+    if name == "wk2_token":
+        assert (grad(expected, logits) - grad(kl(pi, ref), logits)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["k2", "k3", "k3+", "k2_sequence"])
+def test_of_one_token_these_are_right_on_policy_only(policies, name):
+    logits, ref, old = policies
+    pi = logits.log_softmax(-1)
+    target = kl(ref, pi) if name == "k3" else kl(pi, ref)
+    expected = (old.exp()[:, None] * KL_LOSSES[name](*enumerated(pi, ref_logprobs=ref, old_logprobs=old))).sum()
+    assert (grad(expected, logits) - grad(target, logits)).norm() > 0.1 * grad(target, logits).norm()
+
+
+LAW = {  # a value f(u), and F with F'(x) = f'(log x)
+    "k1": (k1, lambda x: x - 1),
+    "k2": (k2, lambda x: x * x.log() - x + 1),
+    "k3": (k3, lambda x: x - 1 - x.log()),
+    "swapped k3": (lambda pi, ref: k3(ref, pi), lambda x: (x - 1).square() / 2),
+    "abs": (lambda pi, ref: k1(pi, ref).abs(), lambda x: (x - 1).abs()),
+}
+
+
+@pytest.mark.parametrize("name", LAW)
+def test_a_value_as_a_loss_descends_the_divergence_whose_derivative_it_has(name):
+    """E_pi[∇ f(u)] = ∇ Σ ref F(pi/ref), F'(x) = f'(log x), for any f: nothing, KL(pi||ref), KL(ref||pi), ½χ², 2 TV."""
+    f, big_f = LAW[name]
+    g = torch.Generator().manual_seed(7)
+    for _ in range(20):
+        logits = torch.randn(V, generator=g, dtype=F64, requires_grad=True)
+        ref = torch.randn(V, generator=g, dtype=F64).log_softmax(-1)
+        divergence = (ref.exp() * big_f((logits.log_softmax(-1) - ref).exp())).sum()
+        torch.testing.assert_close(expected_gradient(f, logits, ref), grad(divergence, logits), rtol=0, atol=1e-12)
+
+
+def test_weighted_k3_and_weighted_k2_have_one_gradient_token_by_token():
+    """∇(w k3) = sg(w) ∇k2 = w u ∇log pi, off-policy too: the DeepSeek-V3.2 estimator is IS-weighted k2."""
+    g = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        policy, ref, old = torch.randn(3, V, generator=g, dtype=F64).log_softmax(-1)
+        new, batch = enumerated(policy.requires_grad_(), ref_logprobs=ref, old_logprobs=old)
+        weighted = grad(KL_LOSSES["wk3_token"](new, batch).sum(), policy)
+        ratio = (policy - old).exp().detach()
+        squares = ratio * grad(KL_LOSSES["k2"](new, batch).sum(), policy)
+        scale = ratio * (1 + (ref - policy).detach().exp())  # of the terms that cancel
+        assert ((weighted - squares).abs() / scale.clamp(min=1)).max() <= 1e-14
+        torch.testing.assert_close(squares, (ratio * (policy - ref)).detach(), rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["exact_pi_ref", "exact_ref_pi", "rao_blackwell"])
+def test_the_exact_kl_in_the_reward_is_a_baseline_and_is_refused(policies, name):
+    """E_pi[KL(s) ∇log pi] = KL(s) E_pi[∇log pi] = 0: it would hold nothing."""
+    logits, ref, _ = policies
+    pi = logits.log_softmax(-1)
+    paid = KL_LOSSES[name](*enumerated(pi, ref_logprobs=ref, old_logprobs=pi.detach())).detach()[:, 0]
+    assert paid.gt(0.01).all()
+    close(grad((pi.exp().detach() * paid * pi).sum(), logits), torch.zeros(V, dtype=F64))
+    assert ("reward", name) in REFUSED
+    assert name not in KL
 
 def test_old_k3_has_the_value_and_the_gradient_of_kl_old_pi_on_samples_of_old(policies):
     """E_old[w - 1 - log w] = KL(pi_old || pi), and so its gradient; pi_old is far from pi, not only to first order."""
@@ -168,11 +277,12 @@ def test_loss_terms_read_the_policy_they_are_named_after(policies):
     pi = logits.log_softmax(-1).detach()
     at_ref = enumerated(pi, old_logprobs=old, ref_logprobs=pi)
     at_old = enumerated(pi, old_logprobs=pi, ref_logprobs=ref)
-    for name in ("k2", "k3"):
-        assert KL_LOSSES[name](*at_ref).eq(0).all()
-        assert KL_OLD_LOSSES[name](*at_old).eq(0).all()
-        assert KL_LOSSES[name](*at_old).gt(0).all()
-        assert KL_OLD_LOSSES[name](*at_ref).gt(0).all()
+    for term in KL_LOSSES.values():
+        assert term(*at_ref).eq(0).all()
+        assert term(*at_old).gt(0).all()
+    for term in KL_OLD_LOSSES.values():
+        assert term(*at_old).eq(0).all()
+        assert term(*at_ref).gt(0).all()
 
 
 def test_signatures():
@@ -264,35 +374,87 @@ def replies(root: torch.Tensor, leaves: torch.Tensor) -> torch.Tensor:
     return torch.stack([root.log_softmax(-1).repeat_interleave(3), leaves.log_softmax(-1).reshape(-1)], 1)
 
 
+def state_kls(p: tuple[torch.Tensor, torch.Tensor], q: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """(9, 2) KL(p || q) at the two states of every reply: the root, and what its first token leads to."""
+    root, leaves = (x.log_softmax(-1) for x in p)
+    kls = [(x.exp() * (x - y.log_softmax(-1))).sum(-1) for x, y in ((root, q[0]), (leaves, q[1]))]
+    return torch.stack([kls[0].expand(9), kls[1].repeat_interleave(3)], 1)
+
+
 def gradients(term, seed: int, on_policy: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(E_old of the gradient of the term summed over the reply, gradient of the sequence's KL(pi || ref))."""
-    params, ref = [x.requires_grad_() for x in tree(seed)], replies(*tree(seed + 100))
-    pi = replies(*params)
+    params, reference = [x.requires_grad_() for x in tree(seed)], tree(seed + 100)
+    pi, ref = replies(*params), replies(*reference)
     old = pi.detach() if on_policy else replies(*tree(seed + 200))
     exact = (pi.sum(1).exp() * (pi - ref).sum(1)).sum()
     ids, ones = torch.zeros(9, 2, dtype=torch.long), torch.ones(9, 2, dtype=torch.bool)
     batch = Batch(ids, ones, ids, ones, old, ones[:, 0], old_logprobs=old, ref_logprobs=ref)
-    expected = (old.sum(1).exp() * term(Evaluation(pi, torch.zeros_like(pi)), batch).sum(1)).sum()
+    kls = state_kls(params, reference), state_kls(reference, params)
+    expected = (old.sum(1).exp() * term(Evaluation(pi, torch.zeros_like(pi), None, None, *kls), batch).sum(1)).sum()
     both = (torch.autograd.grad(y, params, retain_graph=True) for y in (expected, exact))
     got, want = (torch.cat([x.flatten() for x in found]) for found in both)
     return got, want
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("name", "on_policy"), [("wk3_prefix", True), ("wk3_prefix", False), ("k2_sequence", True)])
+@pytest.mark.parametrize(("name", "on_policy"), [("wk3_prefix", True), ("wk3_prefix", False),
+    ("rao_blackwell", True), ("rao_blackwell", False), ("k2_sequence", True)])
 def test_these_terms_have_the_gradient_of_the_kl_of_the_whole_reply(name, on_policy, seed):
     got, want = gradients(KL_LOSSES[name], seed, on_policy)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["k2", "k3", "k3+", "wk3_token"])
+# What the table of surrogates off-policy is about, beside the terms of the library; each made of the library's k1.
+def prefix_k1(new: Evaluation, batch: Batch) -> torch.Tensor:
+    return (new.logprobs - batch.old_logprobs).cumsum(1).exp() * k1(new.logprobs, batch.ref_logprobs)
+
+
+def weighted_square_of_the_sum(new: Evaluation, batch: Batch) -> torch.Tensor:
+    weight = (new.logprobs - batch.old_logprobs).sum(1, keepdim=True).exp().detach()
+    return weight * KL_LOSSES["k2_sequence"](new, batch)
+
+
+def frozen_k1_to_go(new: Evaluation, batch: Batch) -> torch.Tensor:
+    """k1 in the reward in PPO's second epoch: the policy moved, what was paid did not."""
+    paid = k1(batch.old_logprobs, batch.ref_logprobs)
+    return (new.logprobs - batch.old_logprobs).exp() * paid.flip(1).cumsum(1).flip(1)
+
+
+def k1_without_ratio(new: Evaluation, batch: Batch) -> torch.Tensor:
+    return k1(new.logprobs, batch.ref_logprobs)
+
+
+EXACT = {
+    "wk3_prefix": KL_LOSSES["wk3_prefix"], "rao_blackwell": KL_LOSSES["rao_blackwell"], "prefix k1": prefix_k1,
+    "weighted square of the sum": weighted_square_of_the_sum}
+WRONG = {name: f for name, f in KL_LOSSES.items() if name not in EXACT} | {
+    "frozen k1 to go": frozen_k1_to_go, "k1 without ratio": k1_without_ratio}
+
+
+def worst(term) -> float:
+    """Relative error of the expected gradient off-policy, the largest of 20 random (pi, pi_old, ref)."""
+    found = (gradients(term, seed, on_policy=False) for seed in range(20))
+    return max(float((got - want).norm() / want.norm()) for got, want in found)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_off_policy_these_surrogates_have_the_gradient_of_the_sequences_kl(name):
+    assert worst(EXACT[name]) <= 1e-12
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_off_policy_these_surrogates_do_not(name):
+    assert worst(WRONG[name]) > 0.5
+
+
+@pytest.mark.parametrize("name", ["k2", "k3", "k3+", "wk2_token", "wk3_token", "exact_pi_ref", "exact_ref_pi"])
 def test_a_term_per_token_is_not_charged_for_the_kl_that_follows(name):
     """Per-token terms drop the credit of later KL: theory calls them partial, and so they are even on-policy."""
     got, want = gradients(KL_LOSSES[name], 0, on_policy=True)
     assert (got - want).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["k3+", "wk3_token"])
+@pytest.mark.parametrize("name", ["k3+", "wk3_token", "k2", "exact_pi_ref"])
 def test_at_the_last_token_these_have_the_gradient_of_the_exact_kl(name):
     """The leaves of the tree are bandits: there the gradient is right, for wk3_token whatever pi_old is."""
     got, want = gradients(KL_LOSSES[name], 1, on_policy=True)
@@ -304,3 +466,28 @@ def test_k3_plus_has_the_value_of_k3():
     ids, ones = torch.zeros(9, 2, dtype=torch.long), torch.ones(9, 2, dtype=torch.bool)
     batch = Batch(ids, ones, ids, ones, pi, ones[:, 0], old_logprobs=pi, ref_logprobs=ref)
     torch.testing.assert_close(KL_LOSSES["k3+"](Evaluation(pi, pi), batch), k3(pi, ref))
+
+
+def test_the_prefix_of_rao_blackwell_skips_what_is_masked_and_excludes_its_own_token():
+    """Ratios 2, (masked), 3, 5 before KLs 1, 1, 1, 1: weights 1, -, 2, 6."""
+    mask = torch.tensor([[True, False, True, True]])
+    log_ratio = torch.tensor([[2.0, 7.0, 3.0, 5.0]], dtype=F64).log()
+    batch = Batch(mask.long(), mask, mask.long(), mask, 0 * log_ratio, mask[:, 0], old_logprobs=0 * log_ratio)
+    new = Evaluation(log_ratio, 0 * log_ratio, kl_pi_ref=torch.ones(1, 4, dtype=F64))
+    assert KL_LOSSES["rao_blackwell"](new, batch)[mask].tolist() == pytest.approx([1.0, 2.0, 6.0])
+    batch.ref_logprobs = log_ratio - 1.0  # u = 1: k3 = exp(-1)
+    assert KL_LOSSES["wk3_prefix"](new, batch)[mask].tolist() == pytest.approx([x / math.e for x in (2.0, 6.0, 30.0)])
+
+
+def test_prefix_weights_are_clamped_as_a_ratio_is():
+    """A reply of many tokens that all became likelier: exp(20) at most, and finite gradients."""
+    log_ratio = torch.full((1, 50), 3.0, requires_grad=True)
+    mask = torch.ones(1, 50, dtype=torch.bool)
+    batch = Batch(mask.long(), mask, mask.long(), mask, torch.zeros(1, 50), mask[:, 0], old_logprobs=torch.zeros(1, 50))
+    batch.ref_logprobs = torch.full((1, 50), 2.0)
+    new = Evaluation(log_ratio, torch.zeros(1, 50), kl_pi_ref=torch.ones(1, 50))
+    for name in ("rao_blackwell", "wk3_prefix", "wk3_token", "wk2_token"):
+        value = KL_LOSSES[name](new, batch)
+        assert value.isfinite().all()
+        assert value.max() <= math.exp(20) * 1.001
+        assert grad(value.sum(), log_ratio).isfinite().all()

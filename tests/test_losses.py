@@ -11,22 +11,27 @@ from hypothesis import strategies as st
 from rlkl.losses import (
     LOSSES,
     cispo,
+    clip_cov,
     clipped_surrogate,
     clipped_tokens,
     clipped_value_loss,
     dppo_kl,
     dppo_tv,
+    dual_clip,
     gmpo,
     grpo,
     gspo,
     importance_ratio,
+    kl_cov,
     ppo,
     reinforce,
     sapo,
     spo,
     surrogate,
     token_weights,
+    top_entropy,
     topr,
+    vespo,
 )
 from rlkl.types import Batch, Evaluation
 
@@ -47,13 +52,17 @@ def near(seed: int = 0, sigma: float = 0.3) -> tuple[Evaluation, Batch]:
     batch.values, batch.returns, batch.advantages = normal(), normal(), normal()
     leaves = (old + sigma * normal(), normal().abs(), batch.values + sigma * normal())
     new = Evaluation(*(x.masked_fill(~mask, 0.0).requires_grad_() for x in leaves))
+    batch.selected = mask & (torch.rand(B, T, generator=g) > 0.4)
+    assert 0 < batch.selected.sum() < mask.sum()
     return new, batch
 
 
-def slope(ratio: float, advantage: float, low: float, high: float) -> tuple[float, float]:
+def slope(
+        ratio: float, advantage: float, low: float, high: float, cap: float = math.inf) -> tuple[float, float]:
     """(objective, d objective / d ratio) of one token at this ratio; the loss is minus the objective."""
     w = torch.tensor(ratio, dtype=F64, requires_grad=True)
-    loss, shown = clipped_surrogate(w.log(), torch.zeros((), dtype=F64), torch.tensor(advantage, dtype=F64), low, high)
+    zero, a = torch.zeros((), dtype=F64), torch.tensor(advantage, dtype=F64)
+    loss, shown = clipped_surrogate(w.log(), zero, a, low, high, cap)
     assert float(shown.detach()) == pytest.approx(ratio, rel=1e-14)
     (g,) = torch.autograd.grad(-loss, w)
     return float(-loss.detach()), float(g)
@@ -94,6 +103,68 @@ def test_clip_high_widens_the_upper_side_only():
     assert slope(0.75, -1.0, 0.28, 0.2) == pytest.approx((-0.75, -1.0))
 
 
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "objective", "derivative"),
+    [
+        (4.0, -1.0, -3.0, 0.0),  # PPO: -4, -1
+        (3.1, -2.0, -6.0, 0.0),
+        (2.9, -2.0, -5.8, -2.0),
+        (1.5, -1.0, -1.5, -1.0),
+        (0.5, -1.0, -0.8, 0.0),
+        (4.0, 1.0, 1.2, 0.0),
+        (1.1, 1.0, 1.1, 1.0),
+        (0.5, 1.0, 0.5, 1.0),
+        (4.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_the_dual_clip_truth_table(ratio, advantage, objective, derivative):
+    """ε = 0.2, c = 3: max(min(wA, clip A), cA) where A < 0, so that one token costs at most c|A|; else PPO's."""
+    assert slope(ratio, advantage, 0.2, 0.2, cap=3.0) == pytest.approx((objective, derivative), abs=1e-12)
+    start = 0.02
+    old = [math.log(start)]
+    new, batch = row([old[0] + math.log(ratio)], old, [advantage])
+    assert float(dual_clip(new, batch)[0].detach()) == pytest.approx(-objective, abs=1e-12)
+    assert pull(dual_clip, [ratio], [advantage], start=start, dead_at_zero=advantage != 0)[0] == pytest.approx(
+        ratio * derivative, abs=1e-12)
+
+
+def test_dual_clip_is_grpo_but_for_bad_tokens_beyond_the_cap():
+    found = 0
+    for seed in range(12):
+        new, batch = near(seed, sigma=1.5)
+        options = {"clip": 0.1, "clip_high": 0.3, "entropy_coef": 0.2}
+        plain, plain_stats = grpo(new, batch, **options)
+        far, far_stats = dual_clip(new, batch, cap=1e9, **options)
+        assert torch.equal(far, plain)
+        assert torch.equal(far_stats["clip_fraction"], plain_stats["clip_fraction"])
+        held, stats = dual_clip(new, batch, cap=1.5, **options)
+        beyond = (stats["ratio"] > 1.5) & (batch.advantages < 0)
+        found += int(beyond.sum())
+        assert torch.equal(held[~beyond], plain[~beyond])
+        assert held[beyond].lt(plain[beyond]).all()
+        expected = -1.5 * batch.advantages - 0.2 * new.entropy
+        torch.testing.assert_close(held[beyond], expected[beyond], atol=1e-14, rtol=0)
+        assert torch.equal(stats["clip_fraction"], torch.where(beyond, 1.0, plain_stats["clip_fraction"]))
+        assert torch.equal(stats["ratio"], plain_stats["ratio"])  # as it is, not as it was capped
+    assert found > 5
+
+
+def test_ppo_clips_as_grpo_and_dual_clip_do():
+    """Its clip_high and its cap, with the value loss switched off."""
+    new, batch = near(sigma=1.5)
+    for options, twin in (
+        ({}, grpo),
+        ({"clip": 0.1, "clip_high": 0.4}, grpo),
+        ({"clip_high": 0.0}, grpo),
+        ({"cap": 1.5}, dual_clip),
+        ({"clip": 0.1, "clip_high": 0.3, "cap": 2.0}, dual_clip),
+    ):
+        got, stats = ppo(new, batch, value_coef=0.0, **options)
+        expected, expected_stats = twin(new, batch, **options)
+        torch.testing.assert_close(got, expected, atol=1e-15, rtol=0)
+        assert torch.equal(stats["clip_fraction"], expected_stats["clip_fraction"])
+
+
 def test_grpo_hands_clip_high_to_the_upper_side():
     ratios = torch.tensor([[1.25, 0.75]], dtype=F64)
     ones = torch.ones(1, 2, dtype=torch.bool)
@@ -120,6 +191,8 @@ def test_at_ratio_one_the_policy_gradient_is_minus_the_advantage(loss):
     per_token, _ = loss(new, batch)
     (g,) = torch.autograd.grad(per_token.sum(), new.logprobs)
     expected = -batch.advantages
+    if loss in (top_entropy, clip_cov):  # they leave tokens out
+        expected = expected.masked_fill(batch.selected == (loss is clip_cov), 0.0)
     if loss is gmpo:  # each token moves the whole reply's ratio, and so earns the mean A of the reply
         expected = expected.sum(1, keepdim=True) / batch.mask.sum(1, keepdim=True) * batch.mask
     torch.testing.assert_close(g, expected, atol=1e-15, rtol=0)
@@ -131,17 +204,18 @@ def row(logprobs: list[float], old: list[float], advantages: list[float]) -> tup
     x, o = (torch.tensor([v], dtype=F64) for v in (logprobs, old))
     ones = torch.ones_like(x, dtype=torch.bool)
     batch = Batch(ones.long(), ones, ones.long(), ones, o, torch.zeros(1, dtype=torch.bool), old_logprobs=o)
-    batch.advantages = torch.tensor([advantages], dtype=F64)
+    batch.advantages, batch.selected = torch.tensor([advantages], dtype=F64), ones
     return Evaluation(x.requires_grad_(), torch.zeros_like(o)), batch
 
 
-def pull(loss, ratios: list[float], advantages: list[float], start: float = 0.2, **options) -> list[float]:
+def pull(loss, ratios: list[float], advantages: list[float], start: float = 0.2, dead_at_zero: bool = True,
+         **options) -> list[float]:
     """d objective / d log pi of each token of one reply, that had probability `start` and is now at these ratios."""
     old = [math.log(start)] * len(ratios)
     new, batch = row([o + math.log(w) for o, w in zip(old, ratios, strict=True)], old, advantages)
     per_token, stats = loss(new, batch, **options)
     (g,) = torch.autograd.grad(-per_token.sum(), new.logprobs)
-    if "clip_fraction" in stats:
+    if "clip_fraction" in stats and dead_at_zero:
         assert stats["clip_fraction"][0].tolist() == g[0].eq(0).double().tolist()
     return g[0].tolist()
 
@@ -149,6 +223,18 @@ def pull(loss, ratios: list[float], advantages: list[float], start: float = 0.2,
 @pytest.mark.parametrize(
     ("loss", "options", "ratio", "advantage", "expected"),
     [
+        (dual_clip, {}, 4.0, -1.0, 0.0),
+        (dual_clip, {"cap": 5.0}, 4.0, -1.0, -4.0),
+        (dual_clip, {"clip_high": 0.6}, 1.5, 1.0, 1.5),
+        (vespo, {}, 1.0, 3.0, 3.0),  # φ(1) = 1
+        (vespo, {}, 2.0, 1.0, 4 * math.exp(-3)),  # W² exp(3 (1 - W))
+        (vespo, {}, 2.0, -1.0, -8 * math.exp(-2)),  # W³ exp(2 (1 - W))
+        (vespo, {}, 0.5, 1.0, 0.25 * math.exp(1.5)),
+        (vespo, {"k": 1.0, "lam": 0.5}, 2.0, 1.0, 2 * math.exp(-0.5)),
+        (vespo, {"k_negative": 1.0, "lam_negative": 0.5}, 2.0, -1.0, -2 * math.exp(-0.5)),
+        (kl_cov, {}, 4.0, 1.0, 4.0 - 1.0),  # never clipped; pulled back by coef · sign(log w)
+        (kl_cov, {"coef": 0.5}, 0.25, 1.0, 0.25 + 0.5),
+        (kl_cov, {"coef": 0.5}, 4.0, -1.0, -4.5),
         (surrogate, {}, 5.0, 2.0, 10.0),
         (reinforce, {}, 5.0, 2.0, 2.0),  # no ratio at all
         (reinforce, {}, 0.1, -2.0, -2.0),
@@ -238,12 +324,82 @@ def test_topr_weighs_bad_replies_by_the_whole_replys_ratio():
     assert pull(topr, [0.01, 0.01], [2.0, 2.0]) == pytest.approx([2.0, 2.0])
 
 
+def test_vespo_weighs_a_whole_reply_softly_and_passes_no_gradient_through_the_weight():
+    """Tokens of ratio 2 and 3 have W = 6; 2 and ½ have W = 1 and so count in full. Far away on either side: nothing."""
+    up, down = 36 * math.exp(-15), 216 * math.exp(-10)
+    assert pull(vespo, [2.0, 3.0], [1.0, -1.0]) == pytest.approx([up, -down], rel=1e-9)
+    assert pull(vespo, [2.0, 0.5], [1.0, -3.0]) == pytest.approx([1.0, -3.0])
+    assert pull(vespo, [50.0, 1.0], [1.0, -1.0]) == pytest.approx([0.0, 0.0], abs=1e-30)
+    assert pull(vespo, [1e-4, 1.0], [1.0, -1.0]) == pytest.approx([0.0, 0.0], abs=1e-6)
+    new, batch = row([-1.0, -2.0], [-1.0 - math.log(2), -2.0], [1.0, 1.0])
+    weight = 4 * math.exp(-3)
+    assert vespo(new, batch)[0][0].tolist() == pytest.approx([weight, 2 * weight])  # -φ A log pi
+
+
+# Losses about selected tokens
+SELECTIVE = {"top_entropy": top_entropy, "clip_cov": clip_cov, "kl_cov": kl_cov}
+
+
+@pytest.mark.parametrize("name", SELECTIVE)
+def test_a_loss_about_selected_tokens_says_which_selector_to_set(name):
+    new, batch = near()
+    batch.selected = None
+    with pytest.raises(ValueError, match=f"{name} acts on selected tokens: set selector={name}"):
+        SELECTIVE[name](new, batch)
+
+
+def of_logprobs(per_token: torch.Tensor, new: Evaluation) -> torch.Tensor:
+    return torch.autograd.grad(per_token.sum(), new.logprobs, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("loss", "lives"), [(top_entropy, True), (clip_cov, False)])
+def test_only_the_tokens_meant_have_a_policy_gradient_and_all_have_the_entropys(loss, lives, seed):
+    """grpo's, exactly, where selected (top_entropy) or where not (clip_cov); exactly zero elsewhere."""
+    new, batch = near(seed, sigma=0.6)
+    alive = batch.selected == lives
+    got, stats = loss(new, batch, clip=0.1, clip_high=0.4, entropy_coef=0.3)
+    policy, plain = grpo(new, batch, clip=0.1, clip_high=0.4)
+    assert torch.equal(of_logprobs(got, new)[alive], of_logprobs(policy, new)[alive])
+    assert of_logprobs(got, new)[~alive].eq(0).all()
+    assert of_logprobs(policy, new)[~alive & batch.mask].ne(0).any()
+    torch.testing.assert_close(got, policy * alive - 0.3 * new.entropy, atol=1e-15, rtol=0)
+    assert torch.equal(stats["policy_loss"], policy * alive)
+    assert torch.equal(stats["ratio"], plain["ratio"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kl_cov_adds_a_pull_to_pi_old_on_selected_tokens_alone(seed):
+    """coef · |log w|: its gradient is coef · sign(log w); all others have the unclipped surrogate's, exactly."""
+    new, batch = near(seed, sigma=1.0)
+    got, stats = kl_cov(new, batch, coef=0.7, entropy_coef=0.3)
+    plain, _ = surrogate(new, batch, entropy_coef=0.3)
+    log_ratio = (new.logprobs - batch.old_logprobs).detach()
+    chosen = batch.selected
+    assert torch.equal(got[~chosen], plain[~chosen])
+    torch.testing.assert_close((got - plain)[chosen], 0.7 * log_ratio.abs()[chosen], atol=1e-14, rtol=0)
+    extra = of_logprobs(got, new) - of_logprobs(plain, new)
+    torch.testing.assert_close(extra, 0.7 * log_ratio.sign() * chosen, atol=1e-14, rtol=0)
+    assert torch.equal(stats["moved"], log_ratio.abs() * chosen)
+
+
+@pytest.mark.parametrize(("loss", "options", "twin", "all_of_them"), [
+    (top_entropy, {}, grpo, True), (clip_cov, {}, grpo, False), (kl_cov, {}, surrogate, False),
+    (kl_cov, {"coef": 0.0}, surrogate, True)])
+def test_with_nothing_left_out_or_held_they_are_grpo_and_surrogate(loss, options, twin, all_of_them):
+    new, batch = near(sigma=0.6)
+    batch.selected = batch.mask & all_of_them
+    assert torch.equal(loss(new, batch, **options)[0], twin(new, batch)[0])
+
+
+@pytest.mark.parametrize("selected", [True, False])
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("nats", [1e4, -1e4, 90.0, -90.0])
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_one_broken_token_overflows_no_loss_and_no_gradient(loss, nats, advantage):
+def test_one_broken_token_overflows_no_loss_and_no_gradient(loss, nats, advantage, selected):
     """In float32, a token whose log-prob is wrong by this much."""
     new, batch = row([-1.0, -1.0 + nats], [-1.0, -1.0], [advantage] * 2)
+    batch.selected = batch.mask & selected
     batch.sampler_logprobs = batch.old_logprobs = batch.old_logprobs.float()
     batch.advantages, batch.values, batch.returns = batch.advantages.float(), *torch.zeros(2, 1, 2)
     leaf = new.logprobs.detach().float().requires_grad_()
@@ -258,14 +414,16 @@ def test_one_broken_token_overflows_no_loss_and_no_gradient(loss, nats, advantag
     advantages=st.lists(st.sampled_from([-2.0, -1.0, 0.0, 1.0, 3.0]), min_size=8, max_size=8),
     low=st.floats(0.05, 0.4),
     high=st.floats(0.05, 0.9),
+    cap=st.floats(1.95, 4.0),
 )
-def test_clipped_tokens_are_those_whose_gradient_the_clip_killed(ratios, advantages, low, high):
+def test_clipped_tokens_are_those_whose_gradient_the_clip_killed(ratios, advantages, low, high, cap):
     """As autograd sees it: A is not zero, and yet the gradient is."""
     x = torch.tensor(ratios, dtype=F64).log().requires_grad_()
     a = torch.tensor(advantages, dtype=F64)
-    loss, ratio = clipped_surrogate(x, torch.zeros_like(x), a, low, high)
-    (g,) = torch.autograd.grad(loss.sum(), x)
-    assert clipped_tokens(ratio.detach(), a, low, high).tolist() == ((g == 0) & (a != 0)).double().tolist()
+    for limits in ((low, high), (low, high, cap)):
+        loss, ratio = clipped_surrogate(x, torch.zeros_like(x), a, *limits)
+        (g,) = torch.autograd.grad(loss.sum(), x)
+        assert clipped_tokens(ratio.detach(), a, *limits).tolist() == ((g == 0) & (a != 0)).double().tolist()
 
 
 def test_the_log_ratio_is_clamped_at_20_nats():
@@ -314,7 +472,7 @@ def call(loss, new: Evaluation, batch: Batch) -> torch.Tensor:
     return loss(new, batch)[0]
 
 
-DETACHED = {"gspo", "cispo", "dppo_tv", "dppo_kl", "topr"}  # their gradient is not that of their value, on purpose
+DETACHED = {"gspo", "cispo", "dppo_tv", "dppo_kl", "topr", "vespo"}  # their gradient is not of their value
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -345,7 +503,7 @@ def test_an_entropy_coefficient_pushes_entropy_up_by_exactly_that(loss):
 def test_the_policy_term_is_positively_homogeneous_in_the_advantage(loss, scale):
     """So that a truncated importance weight may be folded into A."""
     new, batch = near(sigma=0.6)
-    options = {"value_coef": 0.0} if "value_coef" in inspect.signature(loss).parameters else {}
+    options = {n: 0.0 for n in ("value_coef", "coef") if n in inspect.signature(loss).parameters}
     before = call(loss, new, batch) if not options else loss(new, batch, **options)[0]
     batch.advantages = scale * batch.advantages
     torch.testing.assert_close(loss(new, batch, **options)[0], scale * before, atol=1e-14, rtol=0)

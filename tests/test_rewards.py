@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkl.errors import UserError
-from rlkl.rewards import from_task, judge, token_rewards
+from rlkl.rewards import from_task, judge, overlong, token_rewards
 from rlkl.types import Batch, Example
 
 EXAMPLES = [Example("1+1=", "2"), Example("2+2=", "4"), Example("3+3=", "6")]
@@ -52,6 +52,31 @@ def test_the_score_of_a_row_without_a_token_is_not_seen():
 def test_a_score_of_zero_or_less_is_placed_like_any_other():
     mask = torch.ones(2, 3, dtype=torch.bool)
     assert token_rewards(torch.tensor([0.0, -1.0]), mask).tolist() == [[0, 0, 0], [0, 0, -1]]
+
+
+# Overlong
+def of_lengths(lengths: list[int], columns: int = 10) -> torch.Tensor:
+    return torch.arange(columns) < torch.tensor(lengths)[:, None]
+
+
+def test_the_overlong_punishment_at_its_corners():
+    """DAPO's eq. 13, max 10 and buffer 4: 0 up to 6 tokens, then a quarter more for each, -1 at 10."""
+    got = overlong(of_lengths([0, 1, 5, 6, 7, 8, 9, 10]), 10, 4)
+    assert got.tolist() == [0.0, 0.0, 0.0, 0.0, -0.25, -0.5, -0.75, -1.0]
+    assert got.shape == (8,)
+    assert overlong(of_lengths([9, 10]), 10, 1).tolist() == [0.0, -1.0]
+    assert overlong(of_lengths([0, 5, 10]), 10, 10).tolist() == [0.0, -0.5, -1.0]
+
+
+def test_the_overlong_punishment_goes_by_tokens_and_not_by_columns():
+    """Padding and holes are no tokens; the room is sampling.max_new_tokens, however wide the batch happens to be."""
+    mask = of_lengths([8, 9])
+    mask[0, 2] = False
+    assert overlong(mask, 10, 4).tolist() == [-0.25, -0.75]
+    wide = torch.nn.functional.pad(mask, (0, 5))
+    assert torch.equal(overlong(wide, 10, 4), overlong(mask, 10, 4))
+    assert torch.equal(overlong(mask[:, :9], 10, 4), overlong(mask, 10, 4))
+    assert overlong(mask, 100, 4).tolist() == [0.0, 0.0]
 
 
 # judge

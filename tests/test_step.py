@@ -303,8 +303,8 @@ def test_the_update_is_the_same_with_and_without_the_old_pass(base, weights, mon
     skipped = gradients(base, *options)
     real = train.evaluate
 
-    def filled(cfg, parts, state, batch):
-        last_values = real(cfg, parts, state, batch)
+    def filled(cfg, parts, batch):
+        last_values = real(cfg, parts, batch)
         assert batch.old_logprobs is None
         with torch.no_grad():
             batch.old_logprobs = parts.policy.evaluate(batch).logprobs

@@ -29,9 +29,8 @@ def from_task(score: Callable[[Example, str], float | dict[str, float]]) -> Rewa
     return reward
 
 
-def judge(
-    reward: Reward, examples: Sequence[Example], replies: Sequence[str], batch: Batch
-) -> tuple[Tensor, dict[str, Tensor]]:
+def judge(reward: Reward, examples: Sequence[Example], replies: Sequence[str], batch: Batch
+          ) -> tuple[Tensor, dict[str, Tensor]]:
     """(B,) scores and their named parts. UserError where the reward raises, or gives not one finite number a reply."""
     function = getattr(reward, "func", reward)  # of a partial
     name = getattr(function, "__name__", type(function).__name__)
@@ -64,6 +63,23 @@ def token_rewards(scores: Tensor, mask: Tensor) -> Tensor:
     last = mask.long().cumsum(1).argmax(1, keepdim=True)  # the first column that reaches the full count
     placed = torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device).scatter(1, last, scores[:, None])
     return placed.masked_fill(~mask, 0.0)
+
+
+def with_overlong(reward: Reward, max_tokens: int, buffer: int, coef: float) -> Reward:
+    """`reward` + coef · overlong, which is a named part of it."""
+
+    @functools.wraps(reward)
+    def shaped(examples: Sequence[Example], replies: Sequence[str], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        scores, parts = reward(examples, replies, batch)
+        penalty = coef * overlong(batch.mask, max_tokens, buffer)
+        return torch.as_tensor(scores, device=penalty.device) + penalty, parts | {"overlong": penalty}
+
+    return shaped
+
+
+def overlong(mask: Tensor, max_tokens: int, buffer: int) -> Tensor:
+    """(B,) from 0 to -1 over the last `buffer` tokens of the room: DAPO's soft overlong punishment (eq. 13)."""
+    return (max_tokens - buffer - mask.sum(1)).clamp(max=0) / buffer
 
 
 REWARDS: dict[str, Reward] = {}
