@@ -31,6 +31,7 @@ from rlkl.rewards import informative, judge, token_rewards
 from rlkl.rollout.sample import draw_uniforms
 from rlkl.schema import Config
 from rlkl.seeds import draw, generator, stream
+from rlkl.selfcheck import selfcheck
 from rlkl.terminal import Interrupt, before_and_after, console, progress, show, usage
 from rlkl.types import Batch, Example
 
@@ -197,6 +198,7 @@ def train(cfg: Config, argv: list[str]) -> Path:
     state = State(cfg.kl_ref.coef, cfg.kl_old.coef)
     if start is not None:
         state = State(**checkpoint.restore(start, parts.policy, parts.optimizer))
+    console.print(selfcheck(cfg, parts, fresh=start is None))
     log = RunLog(folder, asdict(cfg), wandb_mode=cfg.log.wandb, project=cfg.log.project, start=state.step)
     measure = partial(accuracy, parts, temperature=cfg.eval.temperature, max_new_tokens=cfg.sampling.max_new_tokens)
 

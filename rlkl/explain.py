@@ -85,7 +85,7 @@ def objective(said: Explanation, found: Law) -> None:
                                  ("loss", cfg.loss, found.algorithm.loss)):
         said.say("objective", f"{kind:9s} {spec['name']}: {escaped(summary(function.func))}")
     if found.credit.standardised and compares_groups(found.algorithm, cfg):
-        said.say("objective", "advantages are divided by their std over the whole rollout: terms beside them weigh by it")
+        said.say("objective", "advantages are divided by their std over the whole rollout; terms beside them are not")
     elif found.credit.standardised:
         said.say("objective", "the scores of a prompt are divided by their std: one that is nearly solved, or nearly "
                  "hopeless, pulls as hard as any other")

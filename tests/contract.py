@@ -19,13 +19,18 @@ import pytest
 import torch
 
 from rlkl.advantages import ADVANTAGES
-from rlkl.config import resolve
+from rlkl.algorithm import Algorithm
+from rlkl.config import load, resolve
 from rlkl.kl import KL, KL_LOSSES, KL_OLD_LOSSES
 from rlkl.losses import LOSSES
+from rlkl.optimum import tilted, total_variation
+from rlkl.preflight import needs_exact_kl
 from rlkl.rewards import REWARDS, from_task, judge
 from rlkl.selectors import SELECTORS
+from rlkl.tabular import BANDIT, TREE, Game, probabilities
 from rlkl.tasks import TASKS
 from rlkl.types import Batch, Evaluation, Example
+from rlkl.verify import Expected, converge
 
 B, T, G = 6, 5, 3  # two prompts, three replies each, of 5, 1, 3, 2, 4 and 3 tokens
 LENGTHS = (5, 1, 3, 2, 4, 3)
@@ -38,6 +43,9 @@ GIVEN = ("loss", "advantage", "kl", "reward", "task")
 STOPS_GRADIENT = {  # detached: their gradient is not that of their value
     "gspo", "cispo", "dppo_tv", "dppo_kl", "topr", "vespo", "k2_sequence", "ref_k3_straight_through"}
 NOT_REINFORCE = {"top_entropy", "clip_cov"}  # at ratio 1 their gradient is not -A: some tokens are left out by design
+LEADS_ELSEWHERE = {  # not to the optimum of E[score] - beta KL(pi || ref): another KL, or none
+    "k2", "k3", "ref_k3", "exact_ref_pi", "wk2_token", "old_k2", "old_k3",
+    "reinforce_pp"}  # whitened over a rollout of 4 replies, each of which is in its own baseline
 
 
 def pytest_generate_tests(metafunc):
@@ -699,3 +707,53 @@ def test_what_lies_behind_the_mask_changes_no_score(reward, problems):
     expected = scores_of(reward, examples, replies, batch)
     for name, x in scores_of(reward, examples, replies, other).items():
         torch.testing.assert_close(x, expected[name], msg=f"{name} depends on padding")
+
+
+# Where it leads: the exact expected gradient on an enumerated game, from the reference to where it ends
+BETA = 0.7
+
+
+def leads_to(game: Game, place: str, **parts) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R,) the policy that the parts converge to beside rloo, the unclipped surrogate and k1; and pi*."""
+    cfg = load(["model.critic=head", "advantage=gae", "loss=ppo", "sampling.group_size=3", f"kl_ref.place={place}",
+                f"kl_ref.coef={BETA}"])
+    term = parts.get("kl_ref", KL["k1"])
+    chosen = {"advantage": resolve({"name": "rloo"}, ADVANTAGES), "selector": None, "loss": LOSSES["surrogate"],
+              "kl_ref": term, "kl_old": KL_OLD_LOSSES["k3"], "exact": place == "loss" and needs_exact_kl(term)} | parts
+    expected = Expected(cfg, Algorithm(**chosen), game)
+    reached = expected.probability(converge(expected)[0]).detach()
+    return reached, tilted(probabilities(game, game.table), game.scores, BETA)
+
+
+def held_to_the_optimum(name: str, function, place: str, game: Game = TREE, exempt=frozenset(), **parts) -> None:
+    reached, star = leads_to(game, place, **parts)
+    if (far := total_variation(reached, star)) > 1e-4:
+        report(f"the {name} does not lead to pi* ∝ ref · exp(score/beta): TV {far:.2g}, mean score "
+               f"{float(reached @ game.scores):.6g} for {float(star @ game.scores):.6g}", function, exempt)
+
+
+def test_a_loss_leads_to_the_optimum(loss):
+    """With k1 in the reward, whatever its trust region: that moves no fixed point."""
+    try:
+        held_to_the_optimum("loss", loss, "reward", loss=loss)
+    except ValueError as error:
+        pytest.skip(str(error))  # it needs a selector, which an enumeration has not
+
+
+def test_an_advantage_leads_to_the_optimum(advantage):
+    """With k1 in the reward; if it takes none there, to a better mean score than the reference's, held by k2."""
+    try:
+        held_to_the_optimum("advantage", advantage, "reward", exempt=LEADS_ELSEWHERE, advantage=advantage)
+    except ValueError:
+        game = BANDIT._replace(scores=torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0], dtype=torch.float64))
+        reached, _ = leads_to(game, "loss", advantage=advantage, kl_ref=KL_LOSSES["k2"])
+        assert reached @ game.scores > probabilities(game, game.table) @ game.scores + 0.05
+
+
+def test_an_estimator_in_the_reward_leads_to_the_optimum(estimator):
+    held_to_the_optimum("estimator in the reward", estimator, "reward", BANDIT, LEADS_ELSEWHERE, kl_ref=estimator)
+
+
+def test_a_term_in_the_loss_leads_to_the_optimum(term):
+    """On replies of one token, where token and sequence are the same."""
+    held_to_the_optimum("term in the loss", term, "loss", BANDIT, LEADS_ELSEWHERE, kl_ref=term)

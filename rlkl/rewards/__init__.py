@@ -72,7 +72,8 @@ def with_overlong(reward: Reward, max_tokens: int, buffer: int, coef: float) -> 
     def shaped(examples: Sequence[Example], replies: Sequence[str], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         scores, parts = reward(examples, replies, batch)
         penalty = coef * overlong(batch.mask, max_tokens, buffer)
-        return torch.as_tensor(scores, device=penalty.device) + penalty, parts | {"overlong": penalty}
+        scores = torch.as_tensor(scores, device=penalty.device)
+        return scores + penalty, (parts or {"score": scores}) | {"overlong": penalty}
 
     return shaped
 
