@@ -18,7 +18,7 @@ import torch
 from torch import Generator, Tensor
 
 from rlkl import checkpoint, kl, model, report, runs
-from rlkl.build import Parts, build, pick_device
+from rlkl.build import TABLES, Parts, build, pick_device
 from rlkl.config import options
 from rlkl.errors import UserError
 from rlkl.heldout import accuracy
@@ -251,7 +251,7 @@ def give_up(cfg: Config, state: State) -> None:
 
 def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
-        usage(__doc__ or "", options())
+        usage(__doc__ or "", options(TABLES))
         return 0
     try:
         train(runs.configure(argv), argv)

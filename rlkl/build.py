@@ -15,10 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlkl import tiny
+from rlkl.advantages import ADVANTAGES
 from rlkl.algorithm import algorithm, reads_old
 from rlkl.config import resolve
 from rlkl.errors import UserError
 from rlkl.explain import traps
+from rlkl.kl import KL, KL_LOSSES, KL_OLD_LOSSES
+from rlkl.losses import LOSSES, SELECTORS
 from rlkl.model import Policy, encode, load, reference_of, sampling_rule
 from rlkl.optim import Optimizer
 from rlkl.rewards import REWARDS, Reward, from_task, with_overlong
@@ -27,6 +30,11 @@ from rlkl.schema import Config
 from rlkl.seeds import draw
 from rlkl.tasks import TASKS
 from rlkl.types import Batch, Example, Sampling
+
+TABLES = {  # what an option may name
+    "task": TASKS, "sampling.backend": SAMPLERS, "advantage": ADVANTAGES, "selector": SELECTORS, "loss": LOSSES,
+    "kl_ref.estimator": KL | KL_LOSSES, "kl_old.estimator": KL_OLD_LOSSES,
+}
 
 
 @dataclass

@@ -166,18 +166,21 @@ def from_file(name: str, table: Mapping[str, Callable], key: str) -> Callable[..
     return getattr(module, attribute)
 
 
-def options(section: type = Config, prefix: str = "") -> list[tuple[str, str, str, str]]:
-    """(key, type, default, one line) of every option, for --help."""
+def options(tables: Mapping[str, Mapping[str, Callable]], section: type = Config, prefix: str = ""
+            ) -> list[tuple[str, str, str, str]]:
+    """(key, type, default, one line) of every option, for --help; with the names in its table if it has one."""
     rows, hints = [], get_type_hints(section)
     for f in fields(section):
         kind = hints[f.name]
         if isinstance(kind, type) and is_dataclass(kind):
-            rows += options(kind, f"{prefix}{f.name}.")
+            rows += options(tables, kind, f"{prefix}{f.name}.")
             continue
         default = f.default if f.default_factory is MISSING else f.default_factory()
         shown = re.sub(r"typing\.|<class '(\w+)'>", r"\1", str(kind)).replace("dict[str, Any]", "plug-in")
         shown = re.sub(r"Literal\[(.*)\]", lambda m: m[1].replace("'", "").replace(", ", " | "), shown)
         value = default["name"] if isinstance(default, dict) else default
-        line = " ".join((section.__pydantic_fields__[f.name].description or "").split())
+        line = section.__pydantic_fields__[f.name].description or ""
+        if names := tables.get(prefix + f.name):
+            line += f": {', '.join(names)} or file.py:function"
         rows.append((prefix + f.name, shown, str(value), line))
     return rows

@@ -53,7 +53,7 @@ class Model:
 @dataclass(config=STRICT)
 class Sampling:
     backend: Plugin = plugin("cached")
-    """rollout backend: naive or cached, the same tokens from either"""
+    """rollout backend, the same tokens from each"""
     prompts: PositiveInt = 64
     """N, prompts per step"""
     group_size: PositiveInt = 8
@@ -97,7 +97,7 @@ class KLRef:
     place: Literal["reward", "loss"] = "reward"
     """where KL(pi || ref) is charged"""
     estimator: str = "k1"
-    """reward: k1; loss: k2, k3, k3+, k2_sequence, wk3_token, wk3_prefix, exact_pi_ref, exact_ref_pi, rao_blackwell"""
+    """k1 is the one for the reward"""
     coef: NonNegativeFloat = 0.0
     """beta; 0 = off"""
     target: PositiveFloat | None = None
@@ -109,7 +109,7 @@ class KLRef:
 @dataclass(config=STRICT)
 class KLOld:
     estimator: str = "k3"
-    """of KL(pi_old || pi), from samples of pi_old: k2 or k3"""
+    """of KL(pi_old || pi), from samples of pi_old"""
     coef: NonNegativeFloat = 0.0
     """penalty in the loss; 0 = off"""
     target: PositiveFloat | None = None
@@ -192,7 +192,7 @@ class Config:
     """folder of a run to continue, bit for bit"""
     model: Model = field(default_factory=Model)
     task: Plugin = plugin("addition")
-    """prompts and their judge: addition, jsonl or file.py:class"""
+    """prompts and their judge"""
     reward: Plugin | None = None
     """file.py:function; by default the task's score"""
     sampling: Sampling = field(default_factory=Sampling)
@@ -201,13 +201,11 @@ class Config:
     overlong: Overlong = field(default_factory=Overlong)
     mismatch: Mismatch = field(default_factory=Mismatch)
     advantage: Plugin = plugin("grpo")
-    """gae, grpo, dr_grpo, rloo, opo, maxrl, pass_at_k, best_only, reinforce_pp, reinforce_pp_baseline, remax or
-    file.py:function"""
+    """credit of each token"""
     selector: Plugin | None = None
-    """tokens that the losses top_entropy, clip_cov and kl_cov act on: their namesakes, or file.py:function"""
+    """tokens that its namesake among the losses acts on"""
     loss: Plugin = plugin("grpo")
-    """ppo, grpo, dual_clip, surrogate, reinforce, gspo, gmpo, cispo, sapo, dppo_tv, dppo_kl, topr, spo, vespo,
-    top_entropy, clip_cov, kl_cov or file.py:function"""
+    """policy objective"""
     kl_ref: KLRef = field(default_factory=KLRef)
     kl_old: KLOld = field(default_factory=KLOld)
     optim: Optim = field(default_factory=Optim)

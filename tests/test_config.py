@@ -10,6 +10,7 @@ import pytest
 import train
 from rlkl import algorithm, config, kl, preflight, schema, terminal
 from rlkl.advantages import ADVANTAGES
+from rlkl.build import TABLES
 from rlkl.config import load, resolve
 from rlkl.errors import UserError
 from rlkl.losses import LOSSES
@@ -323,10 +324,10 @@ def leaves(section: type, prefix: str = "") -> list[str]:
 
 
 def test_help_lists_every_option_with_type_default_and_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(terminal.console, "width", 240)
+    monkeypatch.setattr(terminal.console, "width", 400)
     assert train.main(["--help"]) == 0
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    table = config.options()
+    table = config.options(TABLES)
     assert [row[0] for row in table] == leaves(schema.Config)
     for key, kind, default, line in table:
         assert kind
@@ -337,7 +338,7 @@ def test_help_lists_every_option_with_type_default_and_one_line(capsys, monkeypa
 
 
 def test_help_shows_the_defaults_that_a_run_without_arguments_has():
-    shown = {key: default for key, _, default, _ in config.options()}
+    shown = {key: default for key, _, default, _ in config.options(TABLES)}
     cfg = load([])
     assert shown["optim.lr"] == str(cfg.optim.lr)
     assert shown["loss"] == cfg.loss["name"]

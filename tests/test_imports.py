@@ -104,3 +104,15 @@ def test_every_imported_library_is_a_dependency_of_our_own():
     known = {{"pyyaml": "yaml"}.get(n, n) for n in names} | set(sys.stdlib_module_names) | {"rlkl", "train", "tests"}
     for path in [*FILES, ROOT / "train.py"]:
         assert {n.split(".")[0] for n in imported(path)} <= known, path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_algorithm_is_told_by_its_name(path):
+    """A new one is a function and an entry in its table: nothing compares a name with a constant."""
+    from rlkl.build import TABLES
+
+    names = {name for table in TABLES.values() for name in table}
+    tree = ast.parse(path.read_text())
+    compared = [node for node in ast.walk(tree) if isinstance(node, ast.Compare | ast.match_case)]
+    inside = {c.value for node in compared for c in ast.walk(node) if isinstance(c, ast.Constant)}
+    assert not inside & names

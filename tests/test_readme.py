@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlkl import config
+from rlkl import cli, config
 from rlkl.losses import LOSSES
 from rlkl.preflight import random_batch
 
@@ -29,6 +29,16 @@ def test_the_loss_of_the_readme_is_a_plug_in_of_at_most_nine_lines(tmp_path):
 def test_every_file_and_config_that_the_readme_names_exists():
     for path in re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r"\b(?:configs|tests)/[\w.-]+\.(?:yaml|py)", README):
         assert (ROOT / path).exists(), path
+
+
+def test_the_explanation_in_the_readme_is_what_the_command_prints(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command, block = re.search(r"^    rlkl (explain .*)\n\n```\n(.*?)```", README, re.M | re.S).groups()
+    assert cli.main(command.split()) == 0
+    printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    told = block.splitlines()
+    assert len(told) == 5
+    assert [line for line in printed if line in told] == told
 
 
 def test_the_results_of_the_readme_are_those_of_make_learn():
