@@ -80,10 +80,9 @@ def training_step(cfg: Config, parts: Parts, state: State) -> tuple[dict[str, fl
     clock.append(time.perf_counter())
 
     # 4. Credit: scores, and perhaps a KL penalty → token rewards → advantages.
-    paid = scores
     if cfg.truncation == "bootstrap":  # the critic's guess stands for what a longer reply would have earned
-        paid = scores + parts.advantage.keywords.get("gamma", 1.0) * last_values * batch.truncated
-    batch.rewards = token_rewards(paid, batch.mask)
+        scores = scores + parts.advantage.keywords.get("gamma", 1.0) * last_values * batch.truncated
+    batch.rewards = token_rewards(scores, batch.mask)
     if state.kl_ref_coef > 0 and cfg.kl_ref.place == "reward":
         batch.rewards = batch.rewards - state.kl_ref_coef * parts.kl_ref(batch.old_logprobs, batch.ref_logprobs)
     batch.advantages, batch.returns = parts.advantage(batch.rewards, batch.values, batch.mask, group_size=group)
@@ -123,6 +122,8 @@ def evaluate(cfg: Config, parts: Parts, batch: Batch) -> Tensor | None:
     """
     if parts.reference is not None:
         batch.ref_logprobs = parts.reference.score(batch, cfg.optim.micro_tokens).logprobs
+    if parts.exact is not None:
+        batch.ref_states = parts.exact.kept_states(batch, cfg.optim.micro_tokens)
     if not parts.reads_old:
         return None
     old = parts.policy.score(batch, cfg.optim.micro_tokens)
@@ -162,8 +163,7 @@ def backward(cfg: Config, parts: Parts, state: State, mini: Batch, meters: Meter
     if cfg.mismatch.reject != "none":
         mini.weights = mini.weights * accepted(mini, cfg.mismatch.reject, cfg.mismatch.low, cfg.mismatch.high)
     total, drift, tokens = 0.0, 0.0, int(mini.mask.sum())
-    for _, micro in mini.microbatches(cfg.optim.micro_tokens):
-        new = parts.policy.evaluate(micro, parts.exact)
+    for new, micro in (x for _, rows in mini.microbatches(cfg.optim.micro_tokens) for x in parts.evaluations(rows)):
         if micro.old_logprobs is None:
             micro.old_logprobs = new.logprobs.detach()
         per_token, stats = parts.loss(new, micro)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,14 +22,14 @@ from rlkl.errors import UserError
 from rlkl.explain import traps
 from rlkl.kl import KL, KL_LOSSES, KL_OLD_LOSSES
 from rlkl.losses import LOSSES, SELECTORS
-from rlkl.model import Policy, encode, load, reference_of, sampling_rule
+from rlkl.model import Policy, encode, first_line, load, reference_of, sampling_rule
 from rlkl.optim import Optimizer
 from rlkl.rewards import REWARDS, Reward, from_task, with_overlong
 from rlkl.rollout import SAMPLERS
 from rlkl.schema import Config
 from rlkl.seeds import draw
 from rlkl.tasks import TASKS
-from rlkl.types import Batch, Example, Sampling
+from rlkl.types import Batch, Evaluation, Example, Sampling
 
 TABLES = {  # what an option may name
     "task": TASKS, "sampling.backend": SAMPLERS, "advantage": ADVANTAGES, "selector": SELECTORS, "loss": LOSSES,
@@ -44,6 +44,7 @@ class Parts:
     policy: Policy
     reference: Policy | None
     exact: Policy | None  # the reference again, if the KL term is about the whole vocabulary
+    evaluations: Callable[[Batch], Iterator[tuple[Evaluation, Batch]]]  # of a micro-batch, whole or in head chunks
     tokenizer: PreTrainedTokenizerBase
     optimizer: Optimizer
     rule: Sampling
@@ -89,6 +90,7 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
     dtype = dtype_of(cfg, device)
     policy, tokenizer = load(name, critic=cfg.model.critic, device=device, dtype=dtype)
     reference = reference_of(policy) if cfg.model.reference else None
+    exact = reference if chosen.exact else None
     if start is not None:
         policy, _ = load(str(start), critic=cfg.model.critic, device=device, dtype=dtype)
     lrs = {"policy": cfg.optim.lr, "critic": cfg.optim.critic_lr}
@@ -96,8 +98,11 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
                           max_grad_norm=cfg.optim.max_grad_norm)
 
     heldout = draw(range(len(heldout_task)), min(cfg.eval.prompts, len(heldout_task)), seed=0, step=0)
+    for each in filter(None, (policy, reference)):
+        each.backend, each.keep_bytes = cfg.model.logprobs, int(cfg.model.keep_logits_gb * 1e9)
+    chunks = partial(policy.in_head_chunks, tokens=cfg.optim.head_tokens) if cfg.optim.head_tokens else policy.whole
     return Parts(
-        policy, reference, reference if chosen.exact else None, tokenizer, optimizer,
+        policy, reference, exact, partial(chunks, reference=exact), tokenizer, optimizer,
         sampling_rule(policy, tokenizer, cfg.sampling.temperature),
         sampler, reward, chosen.advantage, chosen.selector, chosen.loss, chosen.kl_ref, chosen.kl_old, reads_old(cfg),
         train=that_fit(cfg, policy, tokenizer, [task[i] for i in range(len(task))], "train", console),
@@ -133,9 +138,11 @@ def that_fit(cfg: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase, ex
     """The examples whose prompt leaves room for a reply; the others are counted and the first one is named."""
     context: Any = getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None)
     limit = cfg.sampling.max_prompt_tokens or (context - cfg.sampling.max_new_tokens if context else None)
-    if limit is None:
-        return examples
-    lengths = [len(encode(tokenizer, e.prompt)) for e in examples]
+    try:
+        lengths = [len(encode(tokenizer, e.prompt)) for e in examples]
+    except ValueError as error:
+        raise UserError(f"chat messages need a tokenizer with a chat template: {first_line(error)}") from error
+    limit = max(lengths) if limit is None else limit
     if long := [(n, e) for n, e in zip(lengths, examples, strict=True) if not 0 < n <= limit]:
         tokens, first = long[0]
         what = f"{len(long)} of {len(examples)} {side} prompts are empty or longer than {limit} tokens"

@@ -16,9 +16,9 @@ from rlkl.algorithm import Algorithm, algorithm, in_reward, updates
 from rlkl.errors import UserError
 from rlkl.footprint import architecture, memory, tokens
 from rlkl.kl import TRAPS
-from rlkl.measure import FORWARD, NOTHING, OTHER, SEQUENCE, TOKEN, pull
+from rlkl.measure import FORWARD, NOTHING, OTHER, SEQUENCE, TOKEN, games_for, pull
 from rlkl.optimum import binary_forward, binary_reverse, binary_threshold
-from rlkl.predict import Law, law
+from rlkl.predict import Law, law, predict
 from rlkl.schema import Config
 from rlkl.verify import compares_groups
 
@@ -67,7 +67,7 @@ def explain(cfg: Config, cuda: bool = False) -> Explanation:
     normalisation(said, cfg, chosen)
     for trap in traps(cfg, chosen, found):
         said.say("traps", trap.replace("{", "{{").replace("}", "}}"))
-    size(said, cfg, cuda)
+    size(said, cfg, chosen.exact, cuda)
     return said
 
 
@@ -94,7 +94,7 @@ def objective(said: Explanation, found: Law) -> None:
 def kl_to_reference(said: Explanation, found: Law) -> None:
     cfg, topic = found.cfg, "KL to the reference"
     if cfg.kl_ref.coef == 0:
-        said.say(topic, "off: only the trust region is left, which sets the pace and not the destination")
+        said.say(topic, "off: nothing holds pi to ref; a trust region sets the pace, not the destination")
         return
     where = "reward, before baseline and normalisation" if in_reward(cfg) else "loss, beside the policy objective"
     said.say(topic, "between   pi, the policy in training, and ref, the frozen first policy; samples come from pi_old")
@@ -137,50 +137,61 @@ def trust_region(said: Explanation, cfg: Config, chosen: Algorithm) -> None:
 
 def optimum(said: Explanation, found: Law) -> None:
     """Of a tabular policy, which can be anything: what the objective wants, before any network is asked."""
-    cfg, topic, beta = found.cfg, "optimum of a tabular policy", found.effective_beta
-    if found.factor is None:
-        said.say(topic, "no closed form is known: at ratio 1 the loss is not REINFORCE; --verify measures it")
-    elif cfg.kl_ref.coef == 0 or found.kl == NOTHING:
-        if found.entropy:
-            said.say(topic, "pi ∝ exp(score / {entropy_bonus}) for scores that the advantage does not rescale",
-                     entropy_bonus=found.entropy)
-        else:
-            said.say(topic, "all mass on the best-scored replies, shared among them as ref shares it")
-    elif found.kl == OTHER:
-        said.say(topic, "no closed form is known; --verify measures its end")
+    cfg, topic = found.cfg, "optimum of a tabular policy"
+    held = cfg.kl_ref.coef > 0 and found.kl != NOTHING
+    if found.factor is None or found.kl == OTHER:
+        why = "at ratio 1 the loss is not REINFORCE" if found.factor is None else "the KL is none that is known"
+        said.say(topic, f"no closed form is known, as {why}; --verify measures where it leads")
+    elif found.entropy:
+        with_entropy(said, found, held)
+    elif not held:
+        said.say(topic, "all mass on the best-scored replies, shared among them as ref shares it")
     elif in_reward(cfg):
-        said.say(topic, "pi* ∝ ref · exp(score / {beta}), exactly, whatever the baseline or its scale, if nothing is "
-                 "discounted", beta=cfg.kl_ref.coef)
+        exact = [predict(found, game, game.table) for game in games_for(cfg, found.algorithm)]
+        known = "" if all(exact) else " for replies of one token; for longer ones no closed form is known"
+        said.say(topic, f"pi* ∝ ref · exp(score / {{beta}}){known}", beta=cfg.kl_ref.coef)
     else:
-        in_loss(said, found, beta)
+        in_loss(said, found)
 
 
-def in_loss(said: Explanation, found: Law, beta: float | None) -> None:
-    topic, forward = "optimum of a tabular policy", found.kl == FORWARD
+def with_entropy(said: Explanation, found: Law, held: bool) -> None:
+    topic, b, c = "optimum of a tabular policy", found.effective_beta, found.effective_entropy
+    if b is None or c is None or found.kl == FORWARD:
+        said.say(topic, "with the entropy bonus no closed form in the scores is known; --verify measures its end")
+    elif held:
+        said.say(topic, "pi ∝ (ref^b · exp(score))^(1/(b + c)) for replies of one token, with b = {beta_eff} and "
+                 "c = {entropy_eff}", beta_eff=b, entropy_eff=c)
+    else:
+        said.say(topic, "pi ∝ exp(score / {entropy_eff}), each token for itself", entropy_eff=c)
+
+
+def in_loss(said: Explanation, found: Law) -> None:
+    topic, forward, cfg = "optimum of a tabular policy", found.kl == FORWARD, found.cfg
     form = "pi = b · ref / (λ - score)" if forward else "pi* ∝ ref · exp(score / b)"
     state = "" if found.kl == SEQUENCE else ", each token for itself"
-    if beta is not None:
+    if (beta := found.effective_beta) is not None:
         said.say(topic, form + state + ", with b = {beta_eff}", beta_eff=beta)
         if abs(found.credit.slope - 1) > 1e-9:
-            said.say(topic, "b = beta · {inflation}: a mean that contains the reply itself shrinks its advantage, "
-                     "to (G-1)/G, so the KL weighs more than its coefficient says", inflation=1 / found.credit.slope)
+            said.say(topic, "b = beta · G/(G-1) for G = {group}: a mean that contains the reply itself shrinks its "
+                     "advantage, so the KL weighs more than its coefficient says", group=cfg.sampling.group_size)
         return
-    if not found.credit.standardised:
+    beta = found.beta / found.factor
+    if not found.credit.standardised or compares_groups(found.algorithm, cfg):
         said.say(topic, form.replace("score", "A(pi)") + state + ", with b = {beta_eff} and A(pi) the mean advantage "
-                 "under pi itself", beta_eff=found.beta)
+                 "under pi itself", beta_eff=beta)
         return
     said.say(topic, f"{form}{state}, with b = beta · std(score) under pi itself, in large groups")
     for share in SHARES:
         key = f"{share:.1f}".replace("0.", "")
         if forward:
             said.say(topic, f"scores of 0 and 1, {{share_{key}}} right under ref: {{right_{key}}} right in the end",
-                     **{f"share_{key}": share, f"right_{key}": binary_forward(share, found.beta)})
+                     **{f"share_{key}": share, f"right_{key}": binary_forward(share, beta)})
         else:
             threshold = binary_threshold(share)
-            end = "collapses to 1" if found.beta < threshold else f"ends at {{right_{key}}}"
+            end = "collapses to 1" if beta < threshold else f"ends at {{right_{key}}}"
             numbers = {f"share_{key}": share, f"threshold_{key}": threshold}
-            if found.beta >= threshold:
-                numbers[f"right_{key}"] = binary_reverse(share, found.beta)
+            if beta >= threshold:
+                numbers[f"right_{key}"] = binary_reverse(share, beta)
             said.say(topic, f"scores of 0 and 1, {{share_{key}}} right under ref: beta_c = {{threshold_{key}}}, below "
                      f"which the KL cannot hold the policy; the share of right replies {end}", **numbers)
 
@@ -209,17 +220,19 @@ def traps(cfg: Config, chosen: Algorithm, found: Law | None = None) -> list[str]
         return []
     found, known = found or law(cfg, chosen), (cfg.kl_ref.place, cfg.kl_ref.estimator)
     lines = [TRAPS[known]] if known in TRAPS else []
-    if found.credit.standardised and not in_reward(cfg):
+    if not found.credit.standardised or compares_groups(chosen, cfg):
+        return lines
+    if not in_reward(cfg):
         beyond = ", and below a threshold it cannot hold the policy at all" if found.kl in (SEQUENCE, TOKEN) else ""
         lines.append(f"advantages over their std, and the KL in the loss: it is as strong as beta · std(score), "
                      f"which falls to 0 as replies agree{beyond}; kl_ref.place=reward has no such coupling")
-    if found.credit.standardised and in_reward(cfg):
+    else:
         lines.append("advantages over their std, and the KL in the reward: where all replies of a prompt score the "
                      "same, the KL alone is blown up to unit strength, whatever beta")
     return lines
 
 
-def size(said: Explanation, cfg: Config, cuda: bool) -> None:
+def size(said: Explanation, cfg: Config, exact: bool, cuda: bool) -> None:
     try:
         config, tokenizer = architecture(cfg)
         count = tokens(cfg, tokenizer)
@@ -230,7 +243,7 @@ def size(said: Explanation, cfg: Config, cuda: bool) -> None:
              "learned from; prompts of up to {prompt_tokens}", sampled_tokens=count.sampled, scored_tokens=count.scored,
              learned_tokens=count.learned, prompt_tokens=count.prompt)
     named = {"float32": 4, "bfloat16": 2, "float64": 8, "auto": 2 if cuda else 4}
-    found = memory(cfg, config, count.prompt, named[cfg.model.dtype])._asdict()
+    found = memory(cfg, config, count.prompt, named[cfg.model.dtype], exact, cuda)._asdict()
     parts = ", ".join(f"{name.replace('_', ' ')} {{{name}_gb}}" for name in found)
     said.say("size of a step", f"memory    {{total_gb}} GB: {parts}; activations come on top",
              **{f"{n}_gb": float(f"{x / 1e9:.3g}") for n, x in found.items()},

@@ -11,11 +11,14 @@ from rlkl import tiny
 from rlkl.algorithm import reads_old
 from rlkl.config import resolve
 from rlkl.errors import UserError
+from rlkl.logprobs import LOGITS_BUDGET
 from rlkl.model import encode, first_line
 from rlkl.schema import Config
 from rlkl.tasks import TASKS
+from rlkl.tiles import tile_for
 
-LOGITS_HELD = 6  # (M, V) float32 tensors that the plain log-prob holds at its peak, forward and backward
+LOGITS_HELD = 6  # (M, V) float32 tensors that the plain log-prob holds at its peak; twice as many with an exact KL
+TILES_HELD = 2  # the products of a tile, and what is made of them
 PROMPTS = 1000  # looked at for the longest
 
 
@@ -56,13 +59,15 @@ def tokens(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     lengths = [len(encode(tokenizer, task[i].prompt)) for i in range(min(len(task), PROMPTS))]
     longest = min(max(lengths), cfg.sampling.max_prompt_tokens or max(lengths))
     rows = cfg.sampling.prompts * cfg.sampling.group_size
+    greedy = cfg.sampling.prompts * (cfg.sampling.baseline != "none")
     whole = rows * (longest + cfg.sampling.max_new_tokens)
     passes = int(cfg.model.reference) + int(reads_old(cfg))
-    return Tokens(longest, rows * cfg.sampling.max_new_tokens, passes * whole, cfg.optim.epochs * whole)
+    return Tokens(longest, (rows + greedy) * cfg.sampling.max_new_tokens, passes * whole, cfg.optim.epochs * whole)
 
 
-def memory(cfg: Config, config: Any, longest: int, width: int) -> Memory:
-    """`width`: bytes per weight, 2 for bfloat16 with float32 masters, 4, or 8. `longest`: tokens of a prompt."""
+def memory(cfg: Config, config: Any, longest: int, width: int, exact: bool, cuda: bool) -> Memory:
+    """`width`: bytes per weight, 2 for bfloat16 with float32 masters, 4, or 8. `longest`: tokens of a prompt. `exact`:
+    the KL is over the whole vocabulary."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
@@ -77,4 +82,15 @@ def memory(cfg: Config, config: Any, longest: int, width: int) -> Memory:
     return Memory(
         trained * width, policy * width * cfg.model.reference, trained * width, trained * moments,
         2 * text.num_hidden_layers * heads * head * width * rows * length,
-        LOGITS_HELD * replied * text.vocab_size * max(width, 4))
+        logits(cfg, replied, text.vocab_size, max(width, 4), exact, cuda))
+
+
+def logits(cfg: Config, replied: int, vocabulary: int, width: int, exact: bool, cuda: bool) -> int:
+    """Bytes of logits while one pass through the head is learned from: all of them, or tiles if they are too many."""
+    rows, kinds = min(replied, cfg.optim.head_tokens or replied), 2 if exact else 1
+    all_fit = cfg.model.logprobs == "auto" and rows * vocabulary * 4 <= LOGITS_BUDGET
+    if all_fit or cfg.model.logprobs == "reference":
+        return LOGITS_HELD * kinds * rows * vocabulary * width
+    tile = tile_for(rows, vocabulary, width, cuda)
+    kept = rows * vocabulary * width if cfg.optim.head_tokens else int(cfg.model.keep_logits_gb * 1e9)
+    return kinds * (TILES_HELD * tile.rows * tile.columns * width + min(kept, rows * vocabulary * width))

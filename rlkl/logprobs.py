@@ -1,17 +1,23 @@
 """The hot path: log-prob, entropy and exact KL of sampled tokens from final hidden states and the unembedding.
 
-One signature, `token_logprobs`. `reference` is plain torch and the specification of every faster backend.
-Rows are tokens: M = mask.sum() of them, so padding never reaches this file.
+One signature, `token_logprobs`, three implementations: `reference`, plain torch, is the specification; `tiled` never
+holds M × V logits, on any device; `fused` is `tiled` with Triton kernels, on CUDA. Rows are tokens: M = mask.sum() of
+them, so padding never reaches this file.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rlkl.tiles import TORCH, Functions, tiled, vocabulary
 from rlkl.types import Head
+
+LOGITS_BUDGET = 2**28  # bytes of logits up to which the plain way is the fast one
+Backend = Literal["auto", "reference", "tiled", "fused"]
 
 
 class TokenStats(NamedTuple):
@@ -32,29 +38,45 @@ def head_logits(hidden: Tensor, head: Head) -> Tensor:
     logits = logits * head.scale
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
-    if head.vocab_size is not None and head.vocab_size < logits.shape[-1]:
-        logits = logits.index_fill(
-            -1, torch.arange(head.vocab_size, logits.shape[-1], device=logits.device), -torch.inf)
+    if vocabulary(head) < len(head.weight):
+        logits = logits.masked_fill(torch.arange(len(head.weight), device=logits.device) >= head.vocab_size, -torch.inf)
     return logits
 
 
 def token_logprobs(hidden: Tensor, head: Head, ids: Tensor, *, temperature: float | Tensor = 1.0,
         ref_hidden: Tensor | None = None, ref_head: Head | None = None, entropy: bool = True,
-        backend: Literal["auto", "reference"] = "auto") -> TokenStats:
+        backend: Backend = "auto", keep_bytes: int = 0) -> TokenStats:
     """What softmax(logits / temperature) says of `ids`; with a reference also both exact KLs over the vocabulary.
 
-    hidden (M, D), ids (M,), temperature a number or (M,); ref_hidden (M, D'). Differentiable in hidden and head.
-    Raises ValueError on a backend that is not in BACKENDS, or on one of ref_hidden and ref_head without the other.
+    hidden (M, D), ids (M,), temperature a number or (M,); ref_hidden (M, D'). Differentiable in hidden and head, not in
+    the reference. `keep_bytes` of logits are kept for the backward pass, which then need not make them again.
+    Raises ValueError on a backend that is not in BACKENDS, on one of ref_hidden and ref_head without the other, or on
+    two vocabularies.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"token_logprobs: backend {backend!r}; choose auto, {', '.join(BACKENDS)}")
-    if (ref_hidden is None) != (ref_head is None):
+    if ref_hidden is not None or ref_head is not None:
+        check_reference(head, ref_hidden, ref_head)
+    run = BACKENDS[chosen(len(hidden), head) if backend == "auto" else backend]
+    return run(hidden, head, ids, temperature, ref_hidden, ref_head, entropy, keep_bytes)
+
+
+def check_reference(head: Head, ref_hidden: Tensor | None, ref_head: Head | None) -> None:
+    if ref_hidden is None or ref_head is None:
         raise ValueError("token_logprobs: ref_hidden and ref_head come together")
-    run = BACKENDS["reference" if backend == "auto" else backend]
-    return run(hidden, head, ids, temperature, ref_hidden, ref_head, entropy)
+    if vocabulary(ref_head) != vocabulary(head):
+        raise ValueError(f"token_logprobs: vocabularies of {vocabulary(head)} and, in the reference, "
+                         f"{vocabulary(ref_head)} ids: a KL between them would be infinite")
 
 
-def reference(hidden: Tensor, head: Head, ids: Tensor, temperature, ref_hidden, ref_head, entropy) -> TokenStats:
+def chosen(rows: int, head: Head) -> str:
+    """The backend of `auto`: plain where all logits fit the budget."""
+    if rows * vocabulary(head) * 4 <= LOGITS_BUDGET:
+        return "reference"
+    return "fused" if head.weight.is_cuda and importlib.util.find_spec("triton") else "tiled"
+
+
+def reference(hidden: Tensor, head: Head, ids: Tensor, temperature, ref_hidden, ref_head, entropy, _) -> TokenStats:
     """The specification: hold all M × V logits."""
     if isinstance(temperature, Tensor) and temperature.dim():
         temperature = temperature[:, None]
@@ -63,7 +85,7 @@ def reference(hidden: Tensor, head: Head, ids: Tensor, temperature, ref_hidden, 
     h = -_expectation(logp, logp) if entropy else None
     if ref_head is None:
         return TokenStats(chosen, h, None, None)
-    ref_logp = (head_logits(ref_hidden, ref_head) / temperature).log_softmax(-1)
+    ref_logp = (head_logits(ref_hidden, ref_head) / temperature).log_softmax(-1).detach()
     gap = _finite(logp) - _finite(ref_logp)
     return TokenStats(chosen, h, _expectation(logp, gap), _expectation(ref_logp, -gap))
 
@@ -77,4 +99,19 @@ def _finite(x: Tensor) -> Tensor:
     return x.masked_fill(x == -torch.inf, 0.0)
 
 
-BACKENDS = {"reference": reference}
+def in_tiles(hidden: Tensor, head: Head, ids: Tensor, temperature, ref_hidden, ref_head, entropy, keep_bytes,
+             functions: Functions = TORCH) -> TokenStats:
+    """One tile of logits at a time, and again in the backward pass."""
+    found = TokenStats(
+        *tiled(hidden, head, ids, temperature, ref_hidden, ref_head, functions=functions, keep_bytes=keep_bytes))
+    return found if entropy else found._replace(entropy=None)
+
+
+def fused(*args) -> TokenStats:
+    """`in_tiles` with Triton."""
+    from rlkl.kernels import TRITON
+
+    return in_tiles(*args, functions=TRITON)
+
+
+BACKENDS = {"reference": reference, "tiled": in_tiles, "fused": fused}

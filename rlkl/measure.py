@@ -41,21 +41,19 @@ class Credit(NamedTuple):
 
 def games_for(cfg: Config, algorithm: Algorithm) -> list[Game]:
     """One of one token, one of two. Some advantages divide by the mean score, or need 0 and 1: they get such games."""
-    found = []
-    for choices in ((BANDIT, BINARY), (TREE, BINARY_TREE)):
-        for game in choices:
-            try:
+    for games in ([BANDIT, TREE], [BINARY, BINARY_TREE]):
+        try:
+            for game in games:
                 Expected(cfg, algorithm, game).mean_advantage(game.table)
-            except ValueError:
-                continue
-            found.append(game)
-            break
-    return found
+        except ValueError:
+            continue
+        return games
+    return []
 
 
 def credit(cfg: Config, algorithm: Algorithm) -> Credit:
-    """Measured on a game of one token, without a KL in the reward."""
-    cfg = without_kl(cfg)
+    """Measured on a game of one token, without a KL in the reward, in groups that can be enumerated."""
+    cfg, size = without_kl(cfg), cfg.sampling.group_size
     game = games_for(cfg, algorithm)[0]
     slopes = []
     for seed in (0, 1):
@@ -67,7 +65,9 @@ def credit(cfg: Config, algorithm: Algorithm) -> Credit:
         slopes.append(slope if torch.allclose(a, slope * deviation, atol=1e-9) else math.nan)
         if not seed:
             rises = bool(game.scores[a >= a.max() - 1e-9].min() == game.scores.max())
-    linear = abs(slopes[0] - slopes[1]) < 1e-9
+    linear, group = abs(slopes[0] - slopes[1]) < 1e-9, expected.rollouts[2]
+    if linear and group > 1 and abs(slopes[0] - (group - 1) / group) < 1e-9:
+        slopes[0] = (size - 1) / size  # the mean contains the reply itself
     return Credit(slopes[0] if linear else None, not linear and standardised(cfg, algorithm, game), rises)
 
 

@@ -53,6 +53,15 @@ class Law:
         return self.cfg.kl_ref.coef
 
     @property
+    def effective_entropy(self) -> float | None:
+        """The coefficient of the entropy beside E[score] - effective_beta KL; None where there is no such number."""
+        if self.entropy == 0:
+            return 0.0
+        if self.credit.slope is None or self.factor is None:
+            return None
+        return self.entropy / (self.credit.slope * self.factor)
+
+    @property
     def effective_beta(self) -> float | None:
         """The coefficient at which E[score] - beta KL has the same optimum; None where there is no such number."""
         if self.beta == 0 or in_reward(self.cfg):
@@ -91,11 +100,11 @@ def predict(found: Law, game: Game, measured: Tensor) -> Prediction | None:
 
 
 def in_the_reward(found: Law, game: Game, ref: Tensor) -> Prediction | None:
-    """pi*, if there every reply is worth the same and no advantage is left."""
+    """pi*, if no gradient is left there: a γ, or a scale that differs from token to token, leaves one."""
     beta, star = found.beta, tilted(ref, game.scores, found.beta)
     if found.entropy == 0:
-        left = Expected(found.cfg, found.algorithm, game).mean_advantage(table_of(game, star)).abs().max()
-        return Prediction("ref · exp(score/beta)", star) if left < 1e-6 else None
+        _, left = Expected(found.cfg, found.algorithm, game).ascent(table_of(game, star))
+        return Prediction("ref · exp(score/beta)", star) if left < 1e-8 else None
     if found.credit.slope is None or game.mask.shape[1] > 1:
         return None
     s, e = found.credit.slope, found.entropy / found.factor

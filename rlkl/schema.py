@@ -48,6 +48,10 @@ class Model:
     """of weights and compute; auto = bfloat16 on cuda (with float32 masters), else float32"""
     reference: bool = True
     """keep a frozen copy of the first policy: needed by kl_ref, and to meter the drift"""
+    logprobs: Literal["auto", "reference", "tiled", "fused"] = "auto"
+    """how log-probs are taken: from all logits at once, in tiles, in tiles with Triton on cuda; auto by their size"""
+    keep_logits_gb: NonNegativeFloat = 0.0
+    """GB of logits kept from forward to backward by tiled and fused, which then make them once and not twice"""
 
 
 @dataclass(config=STRICT)
@@ -138,6 +142,8 @@ class Optim:
     """rows per update; by default the whole rollout"""
     micro_tokens: PositiveInt = 8192
     """padded tokens per forward pass; bounds memory, never changes the gradient"""
+    head_tokens: PositiveInt | None = None
+    """reply tokens per pass through the unembedding, loss and backward; by default the micro-batch at once"""
     weights: Literal["token", "sequence", "constant"] = "token"
     """what counts the same: every token, every reply, or every token over a fixed length"""
     max_grad_norm: PositiveFloat = 1.0

@@ -41,9 +41,9 @@ class Expected:
             while group > 2 and math.comb(kinds + group - 1, group) * group > MOST:
                 group -= 1
             return *multisets(kinds, group), group
-        group = min(group, 2)  # every pair of groups, or every three replies
+        group = min(group, 2) if sees_groups(self.algorithm, self.cfg) else 1
         if group == 1:
-            return *multisets(kinds, 3), 1
+            return *multisets(kinds, 3), 1  # every three replies; else every pair of groups of two
         groups, orders = multisets(kinds, group)
         pairs = torch.tensor(list(itertools.combinations_with_replacement(range(len(groups)), 2)))
         twice = (pairs[:, 0] != pairs[:, 1]).to(orders.dtype) * math.log(2)
@@ -137,12 +137,20 @@ class Expected:
 def compares_groups(algorithm: Algorithm, cfg: Config) -> bool:
     """Does the advantage of one prompt's replies depend on another prompt's, as whitening over a batch makes it?"""
     group = cfg.sampling.group_size
-    mask = torch.ones(2 * group, 1, dtype=torch.bool)
-    rewards = (torch.arange(2 * group, dtype=torch.float64) % 2)[:, None]
-    other = rewards.clone()
-    other[group:] = 0.0
-    found = [algorithm.advantage(r, torch.zeros_like(r), mask, group_size=group)[0][:group] for r in (rewards, other)]
-    return not torch.allclose(*found)
+    return not torch.allclose(*(probe(algorithm, group, second, group)[:group] for second in (True, False)))
+
+
+def sees_groups(algorithm: Algorithm, cfg: Config) -> bool:
+    """Does it matter which replies are to one prompt?"""
+    group = cfg.sampling.group_size
+    return not torch.allclose(*(probe(algorithm, group, True, size) for size in (group, 1)))
+
+
+def probe(algorithm: Algorithm, rows: int, second: bool, group: int) -> Tensor:
+    """Advantages of 2 · `rows` replies of one token, in groups of `group`; the `second` half scores like the first."""
+    rewards = (torch.arange(2 * rows, dtype=torch.float64) % 2)[:, None]
+    rewards[rows:] *= second
+    return algorithm.advantage(rewards, torch.zeros_like(rewards), torch.ones_like(rewards).bool(), group_size=group)[0]
 
 
 def converge(expected: Expected, rate: float = 1.0, steps: int = 5000, tolerance: float = 1e-13

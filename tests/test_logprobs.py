@@ -60,7 +60,7 @@ def tensors_of(head: Head) -> list[Tensor]:
 
 @pytest.mark.parametrize("temperature", TEMPERATURES.values(), ids=TEMPERATURES)
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "tiled"])
 def test_logprobs_entropy_and_both_kls_are_the_sums_over_the_vocabulary(options, temperature, backend):
     hidden, head, ids = problem(options)
     ref_hidden, ref_head, _ = problem(options, seed=10, width=D + 2)  # the reference may be another, wider model
@@ -170,14 +170,24 @@ def test_kl_to_itself_is_exactly_zero(options, dtype):
     assert not stats.kl_ref_pi.any()
 
 
-def test_the_gradient_of_a_kl_stops_at_the_reference_only_if_the_caller_says_so():
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_the_reference_is_a_constant(backend):
+    """The gradient goes through the policy alone; the reference's states and head get none, though they ask."""
     hidden, head, ids = problem({})
     ref_hidden, ref_head, _ = problem({}, seed=10)
-    ref_hidden.requires_grad_()
-    stats = token_logprobs(hidden, head, ids, ref_hidden=ref_hidden, ref_head=ref_head)
-    (grad,) = torch.autograd.grad(stats.kl_pi_ref.sum(), ref_hidden)
+    hidden.requires_grad_(), ref_hidden.requires_grad_(), ref_head.weight.requires_grad_()
+    stats = token_logprobs(hidden, head, ids, ref_hidden=ref_hidden, ref_head=ref_head, backend=backend)
+    leaves = (hidden, ref_hidden, ref_head.weight)
+    grad, *others = torch.autograd.grad(stats.kl_ref_pi.sum(), leaves, allow_unused=True)
     q, p = head_logits(ref_hidden, ref_head).softmax(-1), head_logits(hidden, head).softmax(-1)
-    torch.testing.assert_close(grad, ((q - p) @ ref_head.weight).detach())  # d KL(p || softmax z) / dz = q - p
+    torch.testing.assert_close(grad, ((p - q) @ head.weight).detach())  # d KL(q || softmax z) / dz = p - q
+    assert others == [None, None]
+
+
+def test_two_vocabularies_are_refused():
+    hidden, head, ids = problem({})
+    with pytest.raises(ValueError, match="vocabularies of 13 and, in the reference, 10 ids"):
+        token_logprobs(hidden, head, ids, ref_hidden=hidden, ref_head=head._replace(vocab_size=10))
 
 
 def test_what_was_not_asked_for_is_none_and_changes_nothing_else():

@@ -323,3 +323,54 @@ def test_the_kl_of_a_users_file_may_be_exact(base):
     parts = setup(base, "kl_ref.place=loss", "kl_ref.estimator=mine.py:half", "kl_ref.coef=0.1")[1]
     assert parts.exact is parts.reference
     assert kl.KL_LOSSES["exact_pi_ref"] is not parts.kl_ref.func
+
+
+# The hot path
+
+HOT = {
+    "grpo": ("optim.epochs=2", "loss.entropy_coef=0.01"),
+    "ppo": ("advantage=gae", "loss=ppo", "model.critic=head", "optim.epochs=2", "kl_ref.coef=0.1"),
+    "its own critic": ("advantage=gae", "loss=ppo", "model.critic=network", "truncation=mask"),
+    "exact KL": ("kl_ref.place=loss", "kl_ref.estimator=rao_blackwell", "kl_ref.coef=0.3", "optim.epochs=2"),
+}
+
+
+@pytest.mark.parametrize("how", [("model.logprobs=tiled",), ("model.logprobs=tiled", "model.keep_logits_gb=1"),
+                                 ("optim.head_tokens=1",), ("optim.head_tokens=17",),
+                                 ("optim.head_tokens=17", "model.logprobs=tiled", "optim.micro_tokens=90")],
+                         ids=" ".join)
+@pytest.mark.parametrize("options", HOT.values(), ids=HOT)
+def test_the_gradient_does_not_depend_on_how_log_probs_are_taken(base, options, how):
+    """In tiles, with kept logits, in head chunks of whole rows: one gradient. (A norm of the model is in float32.)"""
+    check_equal(gradients(base, *options, *how), gradients(base, *options), 1e-6)
+
+
+def test_head_chunks_are_whole_rows_of_about_so_many_tokens(base):
+    _, parts, _, batch = rollout(base, "optim.epochs=2")
+    sizes = [int(part.mask.sum()) for _, part in parts.policy.in_head_chunks(batch, tokens=10)]
+    assert sum(sizes) == int(batch.mask.sum())
+    assert len(sizes) > 3
+    assert max(sizes) <= 10 + 6
+    rows = [len(part) for _, part in parts.policy.in_head_chunks(batch, tokens=10**6)]
+    assert rows == [len(batch)]
+
+
+def test_the_references_states_are_kept_with_the_rollout_and_read_in_every_epoch(base):
+    """One pass of the reference for its log-probs and one for its states, whatever the number of epochs."""
+    options = ("kl_ref.place=loss", "kl_ref.estimator=exact_pi_ref", "kl_ref.coef=0.3")
+    passes = []
+    for epochs in (1, 3):
+        cfg, parts, state = setup(base, *options, f"optim.epochs={epochs}")
+        seen = []
+        parts.reference.backbone.register_forward_hook(lambda module, args, output, seen=seen: seen.append(1))
+        train.training_step(cfg, parts, state)
+        passes.append(len(seen))
+    assert passes == [2, 2]
+    batch = rollout(base, *options, "optim.epochs=3")[3]
+    assert batch.ref_states.shape[:2] == batch.mask.shape
+    _, parts, _, batch = rollout(base, *options, "optim.epochs=3")
+    new = parts.policy.evaluate(batch, parts.reference)
+    batch.ref_states = None
+    anew = parts.policy.evaluate(batch, parts.reference)
+    torch.testing.assert_close(new.kl_pi_ref, anew.kl_pi_ref, atol=1e-6, rtol=1e-5)
+    assert new.kl_pi_ref.max() > 1e-3

@@ -23,6 +23,8 @@ USAGE = """usage: rlkl explain [CONFIG.yaml …] [key=value …] [--verify]
   --verify   follow the exact expected gradient of the very functions that the config names, yours included, on two
              enumerated games in float64, and print where it ends beside the closed form"""
 
+CONVERGED = 1e-9  # the largest gradient of an end
+
 
 def main(argv: list[str]) -> None:
     """what a configuration optimises, its optimum, its traps, its size; --verify measures it"""
@@ -69,7 +71,7 @@ def show(
     console.print()
     console.print(rows)
     lines = [f"mean score {measured @ game.scores:.6f}   KL(pi || ref) {kl_divergence(measured, ref):.6f} nats   "
-             f"gradient left {left:.1e}"]
+             f"gradient left {left:.1e}{'' if left < CONVERGED else ': it is still on its way'}"]
     lines.append(f"closed form   pi ∝ {prediction.symbols}   TV {total_variation(measured, prediction.joint):.1e}"
                  if prediction else "closed form   none is known")
     lines.append("pi*           pi ∝ ref · exp(score/beta), the optimum of E[score] - beta KL(pi || ref)   "

@@ -32,20 +32,22 @@ def from_task(score: Callable[[Example, str], float | dict[str, float]]) -> Rewa
 def judge(reward: Reward, examples: Sequence[Example], replies: Sequence[str], batch: Batch
           ) -> tuple[Tensor, dict[str, Tensor]]:
     """(B,) scores and their named parts. UserError where the reward raises, or gives not one finite number a reply."""
-    function = getattr(reward, "func", reward)  # of a partial
-    name = getattr(function, "__name__", type(function).__name__)
     try:
         scores, parts = reward(examples, replies, batch)
         scores = torch.as_tensor(scores, dtype=torch.float32, device=batch.mask.device)
     except Exception as error:  # somebody else's code may fail in any way
-        raise UserError(f"the reward {name} raised {type(error).__name__}: {error}".splitlines()[0]) from error
+        raise refused(reward, f"raised {type(error).__name__}: {error}".splitlines()[0]) from error
     if scores.shape != (len(replies),):
-        raise UserError(f"the reward {name} gave scores of shape {tuple(scores.shape)} for {len(replies)} replies")
+        raise refused(reward, f"gave scores of shape {tuple(scores.shape)} for {len(replies)} replies")
     if not scores.isfinite().all():
         row = int((~scores.isfinite()).long().argmax())
-        raise UserError(
-            f"the reward {name} gave {scores[row].item()} for the reply {replies[row]!r} to {examples[row].prompt!r}")
+        raise refused(reward, f"gave {scores[row].item()} for the reply {replies[row]!r} to {examples[row].prompt!r}")
     return scores, parts
+
+
+def refused(reward: Reward, why: str) -> UserError:
+    function = getattr(reward, "func", reward)  # of a partial
+    return UserError(f"the reward {getattr(function, '__name__', type(function).__name__)} {why}")
 
 
 def informative(scores: Tensor, group_size: int) -> Tensor:
