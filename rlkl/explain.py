@@ -20,6 +20,7 @@ from rlkl.measure import FORWARD, NOTHING, OTHER, SEQUENCE, TOKEN, games_for, pu
 from rlkl.optimum import binary_forward, binary_reverse, binary_threshold
 from rlkl.predict import Law, law, predict
 from rlkl.schema import Config
+from rlkl.tabular import probabilities
 from rlkl.verify import compares_groups
 
 GRADIENT_OF = {
@@ -144,14 +145,21 @@ def optimum(said: Explanation, found: Law) -> None:
         said.say(topic, f"no closed form is known, as {why}; --verify measures where it leads")
     elif found.entropy:
         with_entropy(said, found, held)
-    elif not held:
+    elif not held and found.credit.rises:
         said.say(topic, "all mass on the best-scored replies, shared among them as ref shares it")
+    elif not held:
+        said.say(topic, "no closed form is known, as the best score has not the best advantage; --verify measures it")
     elif in_reward(cfg):
-        exact = [predict(found, game, game.table) for game in games_for(cfg, found.algorithm)]
-        known = "" if all(exact) else " for replies of one token; for longer ones no closed form is known"
-        said.say(topic, f"pi* ∝ ref · exp(score / {{beta}}){known}", beta=cfg.kl_ref.coef)
+        said.say(topic, f"pi* ∝ ref · exp(score / {{beta}}){how_long(found)}", beta=cfg.kl_ref.coef)
     else:
         in_loss(said, found)
+
+
+def how_long(found: Law) -> str:
+    """What to add to a closed form that is one for short replies only."""
+    games = games_for(found.cfg, found.algorithm)
+    known = [predict(found, game, probabilities(game, game.table)) for game in games]
+    return "" if all(known) else "; so for replies of one token, for longer ones no closed form is known"
 
 
 def with_entropy(said: Explanation, found: Law, held: bool) -> None:
@@ -162,23 +170,26 @@ def with_entropy(said: Explanation, found: Law, held: bool) -> None:
         said.say(topic, "pi ∝ (ref^b · exp(score))^(1/(b + c)) for replies of one token, with b = {beta_eff} and "
                  "c = {entropy_eff}", beta_eff=b, entropy_eff=c)
     else:
-        said.say(topic, "pi ∝ exp(score / {entropy_eff}), each token for itself", entropy_eff=c)
+        said.say(topic, f"pi ∝ exp(score / {{entropy_eff}}), each token for itself{how_long(found)}", entropy_eff=c)
 
 
 def in_loss(said: Explanation, found: Law) -> None:
     topic, forward, cfg = "optimum of a tabular policy", found.kl == FORWARD, found.cfg
     form = "pi = b · ref / (λ - score)" if forward else "pi* ∝ ref · exp(score / b)"
-    state = "" if found.kl == SEQUENCE else ", each token for itself"
+    state, limits = "" if found.kl == SEQUENCE else ", each token for itself", how_long(found)
     if (beta := found.effective_beta) is not None:
-        said.say(topic, form + state + ", with b = {beta_eff}", beta_eff=beta)
-        if abs(found.credit.slope - 1) > 1e-9:
+        said.say(topic, form + state + ", with b = {beta_eff}" + limits, beta_eff=beta)
+        strength, size = found.credit.slope * found.factor, cfg.sampling.group_size
+        if abs(strength * size - (size - 1)) < 1e-9:
             said.say(topic, "b = beta · G/(G-1) for G = {group}: a mean that contains the reply itself shrinks its "
-                     "advantage, so the KL weighs more than its coefficient says", group=cfg.sampling.group_size)
+                     "advantage, so the KL weighs more than its coefficient says", group=size)
+        elif abs(strength - 1) > 1e-9:
+            said.say(topic, "b = beta / {strength}, the strength of the policy gradient", strength=strength)
         return
     beta = found.beta / found.factor
     if not found.credit.standardised or compares_groups(found.algorithm, cfg):
         said.say(topic, form.replace("score", "A(pi)") + state + ", with b = {beta_eff} and A(pi) the mean advantage "
-                 "under pi itself", beta_eff=beta)
+                 "under pi itself" + limits, beta_eff=beta)
         return
     said.say(topic, f"{form}{state}, with b = beta · std(score) under pi itself, in large groups")
     for share in SHARES:
@@ -235,7 +246,7 @@ def traps(cfg: Config, chosen: Algorithm, found: Law | None = None) -> list[str]
 def size(said: Explanation, cfg: Config, exact: bool, cuda: bool) -> None:
     try:
         config, tokenizer = architecture(cfg)
-        count = tokens(cfg, tokenizer)
+        count = tokens(cfg, tokenizer, exact)
     except UserError as error:
         said.say("size of a step", escaped(f"not estimated: {error}"))
         return

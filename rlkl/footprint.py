@@ -18,7 +18,7 @@ from rlkl.tasks import TASKS
 from rlkl.tiles import tile_for
 
 LOGITS_HELD = 6  # (M, V) float32 tensors that the plain log-prob holds at its peak; twice as many with an exact KL
-TILES_HELD = 2  # the products of a tile, and what is made of them
+TILES_HELD = 4, 6  # a tile's products and what is made of them at the peak; with an exact KL
 PROMPTS = 1000  # looked at for the longest
 
 
@@ -53,7 +53,7 @@ def architecture(cfg: Config) -> tuple[Any, PreTrainedTokenizerBase]:
         raise UserError(f"model.name={cfg.model.name!r}: its config cannot be read: {first_line(error)}") from error
 
 
-def tokens(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+def tokens(cfg: Config, tokenizer: PreTrainedTokenizerBase, exact: bool) -> Tokens:
     """With the longest of the task's first prompts, and every reply as long as it may be."""
     task = resolve(cfg.task, TASKS, "task")("train")
     lengths = [len(encode(tokenizer, task[i].prompt)) for i in range(min(len(task), PROMPTS))]
@@ -61,7 +61,7 @@ def tokens(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     rows = cfg.sampling.prompts * cfg.sampling.group_size
     greedy = cfg.sampling.prompts * (cfg.sampling.baseline != "none")
     whole = rows * (longest + cfg.sampling.max_new_tokens)
-    passes = int(cfg.model.reference) + int(reads_old(cfg))
+    passes = cfg.model.reference + reads_old(cfg) + exact  # an exact KL keeps the reference's states
     return Tokens(longest, (rows + greedy) * cfg.sampling.max_new_tokens, passes * whole, cfg.optim.epochs * whole)
 
 
@@ -92,5 +92,6 @@ def logits(cfg: Config, replied: int, vocabulary: int, width: int, exact: bool, 
     if all_fit or cfg.model.logprobs == "reference":
         return LOGITS_HELD * kinds * rows * vocabulary * width
     tile = tile_for(rows, vocabulary, width, cuda)
-    kept = rows * vocabulary * width if cfg.optim.head_tokens else int(cfg.model.keep_logits_gb * 1e9)
-    return kinds * (TILES_HELD * tile.rows * tile.columns * width + min(kept, rows * vocabulary * width))
+    all_of_them = kinds * rows * vocabulary * width
+    kept = all_of_them if cfg.optim.head_tokens else min(int(cfg.model.keep_logits_gb * 1e9), all_of_them)
+    return TILES_HELD[exact] * tile.rows * tile.columns * width + kept

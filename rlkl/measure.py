@@ -68,7 +68,18 @@ def credit(cfg: Config, algorithm: Algorithm) -> Credit:
     linear, group = abs(slopes[0] - slopes[1]) < 1e-9, expected.rollouts[2]
     if linear and group > 1 and abs(slopes[0] - (group - 1) / group) < 1e-9:
         slopes[0] = (size - 1) / size  # the mean contains the reply itself
+    linear = linear and game is BANDIT  # of two scores everything is a linear function
     return Credit(slopes[0] if linear else None, not linear and standardised(cfg, algorithm, game), rises)
+
+
+def ascends_score(cfg: Config, algorithm: Algorithm, game: Game, slope: float) -> bool:
+    """Is the policy gradient `slope` times that of E[score], at a random policy? A discount makes it another."""
+    table, leaf = random_table(game, 2), random_table(game, 2).requires_grad_()
+    joint, a = probabilities(game, table), Expected(without_kl(cfg), algorithm, game).mean_advantage(table)
+    chosen = leaf.log_softmax(0)[game.replies, visited(game)]
+    (found,) = torch.autograd.grad((joint[:, None] * a * chosen)[game.mask].sum(), leaf)
+    (wanted,) = torch.autograd.grad(probabilities(game, leaf) @ game.scores, leaf)
+    return torch.allclose(found, slope * wanted, atol=1e-9)
 
 
 def without_kl(cfg: Config) -> Config:

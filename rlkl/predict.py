@@ -16,6 +16,7 @@ from rlkl.measure import (
     OTHER,
     SEQUENCE,
     Credit,
+    ascends_score,
     credit,
     entropy_coef,
     is_k1,
@@ -117,8 +118,11 @@ def in_the_loss(found: Law, game: Game, ref: Tensor, measured: Tensor) -> Predic
     beta, e = (x / found.factor for x in (found.beta, found.entropy))
     beta = 0.0 if found.kl == NOTHING else beta
     expected, short = Expected(found.cfg, found.algorithm, game), game.mask.shape[1] == 1
-    slope = credit(with_group(found.cfg, expected.rollouts[2]), found.algorithm).slope  # smaller groups than asked for
+    cfg = with_group(found.cfg, expected.rollouts[2])  # smaller groups than asked for
+    slope = credit(cfg, found.algorithm).slope
     if slope is None and not same_on_all_tokens(found, game):
+        return None
+    if slope is not None and not ascends_score(cfg, found.algorithm, game, slope):
         return None
     a = game.scores * slope if slope is not None else expected.mean_advantage(table_of(game, measured))[:, 0]
     what = "A(pi)" if slope is None else "score" if abs(slope - 1) < 1e-9 else f"{slope:.6g} score"

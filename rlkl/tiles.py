@@ -225,6 +225,7 @@ class Plan:
     functions: Functions
     tile: Shape
     keep_bytes: int = 0  # of logits kept from forward to backward: their product is not made again
+    pad: bool = False  # the last tile's rows too: all products have one shape, so a row's bits do not depend on company
 
 
 def spans(size: int, step: int) -> Iterator[slice]:
@@ -295,12 +296,17 @@ def products(ctx: Any, tensors: tuple, rows: slice, columns: slice, with_referen
     if (rows.start, columns.start) in ctx.kept:
         z, r = ctx.kept[rows.start, columns.start]
         return z.clone(), r.clone() if with_reference and r is not None else None
-    if ref_hidden is None or not with_reference:
-        return product(hidden[rows], weight[columns]), None
+    height, size = rows.stop - rows.start, ctx.plan.tile.rows
+    states = [hidden[rows]] if ref_hidden is None or not with_reference else [hidden[rows], ref_hidden[rows]]
+    if ctx.plan.pad and height < size:
+        states = [torch.cat([x, x.new_zeros(size - height, x.shape[1])]) for x in states]
+    if len(states) == 1:
+        return product(states[0], weight[columns])[:height], None
     if ref_head.weight is ctx.head.weight and ref_hidden.shape == hidden.shape:  # one product for both
-        both = product(torch.cat([hidden[rows], ref_hidden[rows]]), weight[columns])
-        return both[: len(both) // 2], both[len(both) // 2 :]
-    return product(hidden[rows], weight[columns]), product(ref_hidden[rows], ref_head.weight[columns])
+        z, r = product(torch.cat(states), weight[columns]).chunk(2)
+    else:
+        z, r = product(states[0], weight[columns]), product(states[1], ref_head.weight[columns])
+    return z[:height], r[:height]
 
 
 def work_of(ctx: Any, tensors: tuple, rows: slice, columns: slice) -> Work:
@@ -323,14 +329,15 @@ def tile_for(rows: int, columns: int, bytes_each: int, cuda: bool) -> Shape:
 
 
 def tiled(hidden: Tensor, head: Head, ids: Tensor, temperature: float | Tensor, ref_hidden: Tensor | None,
-          ref_head: Head | None, functions: Functions = TORCH, tile: Shape | None = None, keep_bytes: int = 0
-          ) -> tuple[Tensor | None, ...]:
+          ref_head: Head | None, functions: Functions = TORCH, tile: Shape | None = None, keep_bytes: int = 0,
+          pad: bool = False) -> tuple[Tensor | None, ...]:
     """The op on its arguments: log-prob, entropy, KL(pi || ref), KL(ref || pi), or None without a reference."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    temperatures = torch.as_tensor(temperature, dtype=wide, device=hidden.device).expand(len(hidden))
+    given = temperature if isinstance(temperature, Tensor) else hidden.new_full((), temperature, dtype=wide)
+    temperatures = given.to(wide).expand(len(hidden))
     tile = tile or tile_for(len(hidden), vocabulary(head), wide.itemsize, hidden.is_cuda)
     if ref_hidden is not None:
         ref_hidden = ref_hidden.detach()
     return Tiled.apply(hidden, head.weight, head.bias, ids, 1 / temperatures, head, ref_hidden, ref_head,
-                       Plan(functions, tile, keep_bytes))
+                       Plan(functions, tile, keep_bytes, pad))
 

@@ -40,7 +40,8 @@ MAY_IMPORT = {  # module or package → what of ours it may import, itself aside
     "measure": {"algorithm", "model", "schema", "tabular", "types", "verify"},
     "predict": {"algorithm", "measure", "optimum", "schema", "tabular", "verify"},
     "footprint": {"algorithm", "config", "errors", "logprobs", "model", "schema", "tasks", "tiles", "tiny"},
-    "explain": {"algorithm", "errors", "footprint", "kl", "measure", "optimum", "predict", "schema", "verify"},
+    "explain": {"algorithm", "errors", "footprint", "kl", "measure", "optimum", "predict", "schema",
+                "tabular", "verify"},
     "runs": {"config", "errors", "schema"},
 }
 ONLY = {  # library → the modules that may import it

@@ -16,7 +16,7 @@ from rlkl.predict import Prediction, law, predict
 from rlkl.schema import Config
 from rlkl.tabular import Game, probabilities
 from rlkl.terminal import console
-from rlkl.verify import Expected, converge
+from rlkl.verify import Expected, compares_groups, converge
 
 USAGE = """usage: rlkl explain [CONFIG.yaml …] [key=value …] [--verify]
 
@@ -60,20 +60,22 @@ def show(
 ) -> None:
     """One table and what it adds up to."""
     measured, ref = expected.probability(table).detach(), probabilities(game, game.table)
-    group = expected.rollouts[2]
+    rows, _, group = expected.rollouts
     smaller = f", in groups of {group}" if group != cfg.sampling.group_size else ""
+    if compares_groups(expected.algorithm, cfg):
+        smaller = f", in rollouts of {rows.shape[1]} replies"
     columns = ["reply", "score", "ref", "measured"] + (["closed form"] if prediction else [])
-    rows = Table(*columns, title=f"{game.name}{smaller}", title_justify="left")
+    lines = Table(*columns, title=f"{game.name}{smaller}", title_justify="left")
     for i, reply in enumerate(game.replies):
         cells = [" ".join(map(str, reply[game.mask[i]].tolist())), f"{game.scores[i]:g}", f"{ref[i]:.6f}",
                  f"{measured[i]:.6f}", *([f"{prediction.joint[i]:.6f}"] if prediction else [])]
-        rows.add_row(*cells)
+        lines.add_row(*cells)
     console.print()
-    console.print(rows)
-    lines = [f"mean score {measured @ game.scores:.6f}   KL(pi || ref) {kl_divergence(measured, ref):.6f} nats   "
+    console.print(lines)
+    summary = [f"mean score {measured @ game.scores:.6f}   KL(pi || ref) {kl_divergence(measured, ref):.6f} nats   "
              f"gradient left {left:.1e}{'' if left < CONVERGED else ': it is still on its way'}"]
-    lines.append(f"closed form   pi ∝ {prediction.symbols}   TV {total_variation(measured, prediction.joint):.1e}"
+    summary.append(f"closed form   pi ∝ {prediction.symbols}   TV {total_variation(measured, prediction.joint):.1e}"
                  if prediction else "closed form   none is known")
-    lines.append("pi*           pi ∝ ref · exp(score/beta), the optimum of E[score] - beta KL(pi || ref)   "
+    summary.append("pi*           pi ∝ ref · exp(score/beta), the optimum of E[score] - beta KL(pi || ref)   "
                  f"TV {total_variation(measured, tilted(ref, game.scores, cfg.kl_ref.coef)):.1e}")
-    console.print("\n".join("  " + escape(line) for line in lines))
+    console.print("\n".join("  " + escape(line) for line in summary))
