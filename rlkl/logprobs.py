@@ -73,7 +73,8 @@ def chosen(rows: int, head: Head) -> str:
     """The backend of `auto`: plain where all logits fit the budget."""
     if rows * vocabulary(head) * 4 <= LOGITS_BUDGET:
         return "reference"
-    return "fused" if head.weight.is_cuda and importlib.util.find_spec("triton") else "tiled"
+    triton = head.weight.is_cuda and head.weight.dtype != torch.float64 and importlib.util.find_spec("triton")
+    return "fused" if triton else "tiled"
 
 
 def reference(hidden: Tensor, head: Head, ids: Tensor, temperature, ref_hidden, ref_head, entropy, _) -> TokenStats:
@@ -85,18 +86,14 @@ def reference(hidden: Tensor, head: Head, ids: Tensor, temperature, ref_hidden, 
     h = -_expectation(logp, logp) if entropy else None
     if ref_head is None:
         return TokenStats(chosen, h, None, None)
-    ref_logp = (head_logits(ref_hidden, ref_head) / temperature).log_softmax(-1).detach()
-    gap = _finite(logp) - _finite(ref_logp)
-    return TokenStats(chosen, h, _expectation(logp, gap), _expectation(ref_logp, -gap))
+    logp = logp[:, : vocabulary(head)]
+    ref_logp = (head_logits(ref_hidden, ref_head) / temperature).log_softmax(-1).detach()[:, : vocabulary(head)]
+    return TokenStats(chosen, h, _expectation(logp, logp - ref_logp), _expectation(ref_logp, ref_logp - logp))
 
 
 def _expectation(logp: Tensor, x: Tensor) -> Tensor:
     """E_{a~p}[x(a)] per row, where an id of probability 0 counts 0 whatever x is there."""
-    return (logp.exp() * _finite(x)).sum(-1)
-
-
-def _finite(x: Tensor) -> Tensor:
-    return x.masked_fill(x == -torch.inf, 0.0)
+    return (logp.exp() * x.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
 
 
 def in_tiles(hidden: Tensor, head: Head, ids: Tensor, temperature, ref_hidden, ref_head, entropy, keep_bytes,

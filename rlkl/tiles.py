@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rlkl.types import Head
 
@@ -130,7 +131,7 @@ def accumulate(z: Tensor, r: Tensor | None, work: Work, sums: Sums) -> None:
     z = capped(z, work.caps, work.inverse_temperature)
     inside = (work.ids >= 0) & (work.ids < z.shape[1])
     chosen = z.gather(1, work.ids.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
-    sums.chosen.copy_(torch.where(inside, chosen, sums.chosen))
+    sums.chosen.copy_(torch.where(inside, chosen.masked_fill(chosen < FLOOR / 1e6, -torch.inf), sums.chosen))
     m = torch.maximum(sums.m, z.amax(1))
     shrink = (sums.m - m).exp()
     gap = None
@@ -250,11 +251,13 @@ class Tiled(torch.autograd.Function):
                     budget -= size
                     ctx.kept[rows.start, columns.start] = (z.clone(), None if r is None else r.clone())
                 plan.functions.accumulate(z, r, work_of(ctx, tensors, rows, columns), sums[rows])
+                del z, r  # before the next tile is made: one at a time
         done = finish(sums)
         ctx.save_for_backward(*tensors, *done)
         return done.logprobs, done.entropy, done.kl_pi_ref, done.kl_ref_pi
 
     @staticmethod
+    @once_differentiable  # lse is taken as it was
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, done = ctx.saved_tensors[:6], Finished(*ctx.saved_tensors[6:])
         hidden, weight, bias = tensors[:3]
@@ -278,8 +281,10 @@ class Tiled(torch.autograd.Function):
                     add_product(d_hidden[rows], d, weight[columns])
                 if for_weight:
                     add_product(part, d.T, hidden[rows])
+                del z, r, d
             if for_weight:
                 d_weight[columns] = part.to(weight.dtype)  # rounded once
+            del part
         found = d_hidden if d_hidden is None else d_hidden.to(hidden.dtype)
         return found, d_weight, None if d_bias is None else d_bias.to(bias.dtype), *(None,) * 6
 
@@ -334,7 +339,8 @@ def tiled(hidden: Tensor, head: Head, ids: Tensor, temperature: float | Tensor, 
     """The op on its arguments: log-prob, entropy, KL(pi || ref), KL(ref || pi), or None without a reference."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     given = temperature if isinstance(temperature, Tensor) else hidden.new_full((), temperature, dtype=wide)
-    temperatures = given.to(wide).expand(len(hidden))
+    temperatures = given.to(hidden.device, wide).expand(len(hidden))
+    keep_bytes = keep_bytes if torch.is_grad_enabled() else 0
     tile = tile or tile_for(len(hidden), vocabulary(head), wide.itemsize, hidden.is_cuda)
     if ref_hidden is not None:
         ref_hidden = ref_hidden.detach()
