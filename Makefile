@@ -28,8 +28,8 @@ setup: $(BIN)/.dev  ## the environment, test tools included
 train: $(BIN)/.run  ## train the tiny model by reinforcement learning: about 3 minutes on 2 cores, no download
 	@$(BIN)/python train.py configs/tiny-grpo.yaml
 
-test: $(BIN)/.dev  ## the tests
-	@$(TEST) $(BIN)/python -m pytest
+test: $(BIN)/.dev  ## the tests, one process a core
+	@$(TEST) $(BIN)/python -m pytest -n auto --dist worksteal
 
 check: $(BIN)/.dev  ## lint and types
 	@$(BIN)/ruff check .
