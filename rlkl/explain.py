@@ -180,7 +180,7 @@ def in_loss(said: Explanation, found: Law) -> None:
     if (beta := found.effective_beta) is not None:
         said.say(topic, form + state + ", with b = {beta_eff}" + limits, beta_eff=beta)
         strength, size = found.credit.slope * found.factor, cfg.sampling.group_size
-        if abs(strength * size - (size - 1)) < 1e-9:
+        if abs(found.factor - 1) < 1e-9 and abs(strength * size - (size - 1)) < 1e-9:
             said.say(topic, "b = beta · G/(G-1) for G = {group}: a mean that contains the reply itself shrinks its "
                      "advantage, so the KL weighs more than its coefficient says", group=size)
         elif abs(strength - 1) > 1e-9:

@@ -76,6 +76,7 @@ def show(
              f"gradient left {left:.1e}{'' if left < CONVERGED else ': it is still on its way'}"]
     summary.append(f"closed form   pi ∝ {prediction.symbols}   TV {total_variation(measured, prediction.joint):.1e}"
                  if prediction else "closed form   none is known")
-    summary.append("pi*           pi ∝ ref · exp(score/beta), the optimum of E[score] - beta KL(pi || ref)   "
-                 f"TV {total_variation(measured, tilted(ref, game.scores, cfg.kl_ref.coef)):.1e}")
+    if cfg.kl_ref.coef > 0:
+        summary.append("pi*           pi ∝ ref · exp(score/beta), the optimum of E[score] - beta KL(pi || ref)   "
+                       f"TV {total_variation(measured, tilted(ref, game.scores, cfg.kl_ref.coef)):.1e}")
     console.print("\n".join("  " + escape(line) for line in summary))
