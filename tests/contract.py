@@ -21,16 +21,16 @@ import torch
 from rlkl.advantages import ADVANTAGES
 from rlkl.algorithm import Algorithm
 from rlkl.config import load, resolve
+from rlkl.explain.optimum import tilted, total_variation
+from rlkl.explain.tabular import BANDIT, TREE, Game, probabilities
+from rlkl.explain.verify import Expected, converge
 from rlkl.kl import KL, KL_LOSSES, KL_OLD_LOSSES
 from rlkl.losses import LOSSES
-from rlkl.optimum import tilted, total_variation
 from rlkl.preflight import needs_exact_kl
 from rlkl.rewards import REWARDS, from_task, judge
 from rlkl.selectors import SELECTORS
-from rlkl.tabular import BANDIT, TREE, Game, probabilities
 from rlkl.tasks import TASKS
 from rlkl.types import Batch, Evaluation, Example
-from rlkl.verify import Expected, converge
 
 B, T, G = 6, 5, 3  # two prompts, three replies each, of 5, 1, 3, 2, 4 and 3 tokens
 LENGTHS = (5, 1, 3, 2, 4, 3)

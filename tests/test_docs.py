@@ -15,11 +15,11 @@ from rlkl import config
 from rlkl.advantages import ADVANTAGES
 from rlkl.algorithm import algorithm
 from rlkl.explain import explain
+from rlkl.explain.tabular import BANDIT, TREE, probabilities
+from rlkl.explain.verify import Expected, converge
 from rlkl.kl import KL, KL_LOSSES, KL_OLD_LOSSES
 from rlkl.losses import LOSSES, SELECTORS
 from rlkl.schema import Config
-from rlkl.tabular import BANDIT, TREE, probabilities
-from rlkl.verify import Expected, converge
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

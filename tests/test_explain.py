@@ -19,21 +19,21 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import rlkl.explain
+import rlkl.explain.words
 from rlkl import cli, config
 from rlkl.advantages import ADVANTAGES
 from rlkl.algorithm import algorithm
 from rlkl.errors import UserError
 from rlkl.explain import explain, on_cuda
-from rlkl.footprint import LOGITS_HELD, TILES_HELD, logits
+from rlkl.explain.footprint import LOGITS_HELD, TILES_HELD, logits
+from rlkl.explain.tabular import BANDIT
+from rlkl.explain.verify import Expected, converge
 from rlkl.kl import KL, KL_LOSSES
 from rlkl.logprobs import token_logprobs
 from rlkl.losses import LOSSES
-from rlkl.tabular import BANDIT
 from rlkl.terminal import console
 from rlkl.tiles import tile_for
 from rlkl.types import Head
-from rlkl.verify import Expected, converge
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -393,8 +393,8 @@ OWN = (("", "-r"), (f"{IN_LOSS}k2", "r / 3"))  # what no built-in advantage does
 def test_the_cases_reach_every_line_of_explain(tmp_path):
     """Else a line could print what nobody recomputes."""
     file, reached, lines = rlkl.explain.__file__, set(), set()
-    codes = [f.__code__ for f in vars(rlkl.explain).values() if isinstance(f, types.FunctionType)
-             and f.__module__ == "rlkl.explain" and f.__name__ != "on_cuda"]
+    codes = [f.__code__ for f in vars(rlkl.explain.words).values() if isinstance(f, types.FunctionType)
+             and f.__module__ == "rlkl.explain.words" and f.__name__ != "on_cuda"]
     while codes:
         code = codes.pop()
         if code.co_filename == file:  # not what @dataclass writes

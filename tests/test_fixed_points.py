@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from rlkl import config, verify
+from rlkl import config
 from rlkl.algorithm import algorithm
+from rlkl.explain import verify
+from rlkl.explain.optimum import binary_forward, binary_reverse, binary_threshold
+from rlkl.explain.tabular import BANDIT, BINARY, TREE, bandit, game, table_of
+from rlkl.explain.verify import Expected, converge
 from rlkl.kl import KL_LOSSES, k1, wk3_token
 from rlkl.losses import LOSSES, grpo, surrogate
-from rlkl.optimum import binary_forward, binary_reverse, binary_threshold
-from rlkl.tabular import BANDIT, BINARY, TREE, bandit, game, table_of
 from rlkl.types import Evaluation
-from rlkl.verify import Expected, converge
 
 REF, R, BETA = np.array([0.35, 0.25, 0.20, 0.15, 0.05]), np.array([0.0, 0.5, 1.0, -0.5, 2.0]), 0.7
 ROOT, LEAVES = np.array([0.5, 0.3, 0.2]), np.array([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.1, 0.1, 0.8]])

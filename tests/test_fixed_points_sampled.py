@@ -16,8 +16,8 @@ from runs_fixture import train
 from rlkl import config
 from rlkl.algorithm import algorithm, reads_old
 from rlkl.build import Parts
+from rlkl.explain.tabular import BANDIT, TREE, Game, policy_of, probabilities, visited
 from rlkl.rollout import SAMPLERS
-from rlkl.tabular import BANDIT, TREE, Game, policy_of, probabilities, visited
 from rlkl.types import Example, Sampling
 
 REF, R = np.array([0.35, 0.25, 0.20, 0.15, 0.05]), np.array([0.0, 0.5, 1.0, -0.5, 2.0])

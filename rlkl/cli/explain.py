@@ -10,13 +10,13 @@ from rlkl.algorithm import algorithm
 from rlkl.config import load
 from rlkl.errors import UserError
 from rlkl.explain import explain, on_cuda
-from rlkl.measure import games_for
-from rlkl.optimum import kl_divergence, tilted, total_variation
-from rlkl.predict import Prediction, law, predict
+from rlkl.explain.measure import games_for
+from rlkl.explain.optimum import kl_divergence, tilted, total_variation
+from rlkl.explain.predict import Prediction, law, predict
+from rlkl.explain.tabular import Game, probabilities
+from rlkl.explain.verify import Expected, compares_groups, converge
 from rlkl.schema import Config
-from rlkl.tabular import Game, probabilities
 from rlkl.terminal import console
-from rlkl.verify import Expected, compares_groups, converge
 
 USAGE = """usage: rlkl explain [CONFIG.yaml …] [key=value …] [--verify]
 

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from rlkl.algorithm import Algorithm
-from rlkl.model import Policy
-from rlkl.schema import Config
-from rlkl.tabular import (
+from rlkl.explain.tabular import (
     BANDIT,
     BINARY,
     BINARY_TREE,
@@ -25,8 +23,10 @@ from rlkl.tabular import (
     table_of,
     visited,
 )
+from rlkl.explain.verify import Expected
+from rlkl.model import Policy
+from rlkl.schema import Config
 from rlkl.types import Batch, Evaluation
-from rlkl.verify import Expected
 
 NOTHING, SEQUENCE, TOKEN, FORWARD, OTHER = "nothing", "sequence", "token", "forward", "other"
 

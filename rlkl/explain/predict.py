@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlkl.algorithm import Algorithm, in_reward
-from rlkl.measure import (
+from rlkl.explain.measure import (
     FORWARD,
     NOTHING,
     OTHER,
@@ -24,10 +24,10 @@ from rlkl.measure import (
     reinforce_factor,
     without_kl,
 )
-from rlkl.optimum import forward_tilted, tilted, token_level
+from rlkl.explain.optimum import forward_tilted, tilted, token_level
+from rlkl.explain.tabular import Game, probabilities, table_of
+from rlkl.explain.verify import Expected
 from rlkl.schema import Config
-from rlkl.tabular import Game, probabilities, table_of
-from rlkl.verify import Expected
 
 
 class Prediction(NamedTuple):

@@ -1,6 +1,6 @@
 """What a configuration really optimises: its objective, its two KLs, its optimum, its traps, its size.
 
-Every statement about a function is measured by calling it (rlkl/measure.py), so that yours are explained like ours.
+Every statement about a function is measured by calling it (measure.py), so that yours are explained like ours.
 A line is a template and its numbers; docs/explain.md derives them, tests/test_explain.py recomputes each one.
 """
 
@@ -14,14 +14,14 @@ import torch
 
 from rlkl.algorithm import Algorithm, algorithm, in_reward, updates
 from rlkl.errors import UserError
-from rlkl.footprint import architecture, memory, tokens
+from rlkl.explain.footprint import architecture, memory, tokens
+from rlkl.explain.measure import FORWARD, NOTHING, OTHER, SEQUENCE, TOKEN, games_for, pull
+from rlkl.explain.optimum import binary_forward, binary_reverse, binary_threshold
+from rlkl.explain.predict import Law, law, predict
+from rlkl.explain.tabular import probabilities
+from rlkl.explain.verify import compares_groups
 from rlkl.kl import TRAPS
-from rlkl.measure import FORWARD, NOTHING, OTHER, SEQUENCE, TOKEN, games_for, pull
-from rlkl.optimum import binary_forward, binary_reverse, binary_threshold
-from rlkl.predict import Law, law, predict
 from rlkl.schema import Config
-from rlkl.tabular import probabilities
-from rlkl.verify import compares_groups
 
 GRADIENT_OF = {
     NOTHING: "nothing: zero on average",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlkl.tabular import Game, visited
+from rlkl.explain.tabular import Game, visited
 
 
 def tilted(ref: Tensor, r: Tensor, beta: float) -> Tensor:

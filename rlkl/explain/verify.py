@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from rlkl.algorithm import Algorithm, in_reward
+from rlkl.explain.tabular import IMPOSSIBLE, Game, exact_values, multisets, policy_of, reply_logprobs, visited
 from rlkl.losses import token_weights
 from rlkl.rewards import token_rewards
 from rlkl.schema import Config
-from rlkl.tabular import IMPOSSIBLE, Game, exact_values, multisets, policy_of, reply_logprobs, visited
 from rlkl.types import Batch, Evaluation
 
 MOST = 6000  # rows of all rollouts together; groups are made smaller until they fit
