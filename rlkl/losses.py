@@ -172,7 +172,7 @@ def dppo_tv(new: Evaluation, batch: Batch, *, clip: float = 0.15, clip_high: flo
 
 def dppo_kl(new: Evaluation, batch: Batch, *, clip: float = 0.05, clip_high: float | None = None, cap: float = 10.0,
         entropy_coef: float = 0.0) -> Loss:
-    """dppo_tv with KL(mu || pi) of (this token, any other) for |pi - mu|: DPPO-Binary-KL. Weights: token."""
+    """DPPO-Binary-KL: dppo_tv with KL(mu || pi) of (this token, any other) (arXiv:2602.04879). Weights: token."""
     pi, mu = new.logprobs.exp(), batch.sampler_logprobs.exp()
     not_pi, not_mu = ((1 - p).clamp_min(0) + 1e-8 for p in (pi, mu))
     divergence = mu * (batch.sampler_logprobs - new.logprobs) + (1 - mu) * (not_mu / not_pi).log()

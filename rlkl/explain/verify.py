@@ -37,7 +37,7 @@ class Expected:
     def rollouts(self) -> tuple[Tensor, Tensor, int]:
         """Every rollout as rows of the game's replies (E, n), the log of its orders (E,), and its group size."""
         kinds, group = len(self.game.replies), self.cfg.sampling.group_size
-        if not compares_groups(self.algorithm, self.cfg):
+        if not self.crossing:
             while group > 2 and math.comb(kinds + group - 1, group) * group > MOST:
                 group -= 1
             return *multisets(kinds, group), group
@@ -48,6 +48,10 @@ class Expected:
         pairs = torch.tensor(list(itertools.combinations_with_replacement(range(len(groups)), 2)))
         twice = (pairs[:, 0] != pairs[:, 1]).to(orders.dtype) * math.log(2)
         return groups[pairs].flatten(1), orders[pairs].sum(1) + twice, group
+
+    @cached_property
+    def crossing(self) -> bool:
+        return compares_groups(self.algorithm, self.cfg)
 
     @cached_property
     def base(self) -> Batch:
@@ -76,7 +80,7 @@ class Expected:
         elif self.cfg.sampling.baseline != "none":
             values = self.game.scores[joint.argmax()].expand(mask.shape)
         rows, _, group = self.rollouts
-        calls = rows if compares_groups(self.algorithm, self.cfg) else rows.flatten()[None]
+        calls = rows if self.crossing else rows.flatten()[None]
         return torch.cat([self.algorithm.advantage(
             rewards[r], None if values is None else values[r], mask[r], group_size=group)[0] for r in calls])
 
