@@ -15,6 +15,7 @@ from torch import Tensor
 from rlkl.tiles import Caps, Finished, Functions, Sums, Upstream, Work
 
 ACCUMULATE = {"BLOCK": 4096, "num_warps": 8}
+ACCUMULATE_BOTH = {"BLOCK": 1024, "num_warps": 4}  # two logits an element: more columns spill registers
 DLOGITS = {"BLOCK": 2048, "num_warps": 4}
 
 
@@ -174,7 +175,7 @@ def accumulate(z: Tensor, r: Tensor | None, work: Work, sums: Sums) -> None:
     accumulate_kernel[(len(z),)](
         Z=z, stride_z=z.stride(0), R=r, stride_r=r.stride(0), IDS=work.ids, INV_T=work.inverse_temperature,
         M_=sums.m, S_=sums.s, T_=sums.t, CHOSEN_=sums.chosen, N_=n, Q_=q, W_=w, Y_=y, WIDTH=z.shape[1], HAS_REF=has_ref,
-        **pointers, **compiled, **fitted(ACCUMULATE, z.shape[1]))
+        **pointers, **compiled, **fitted(ACCUMULATE_BOTH if has_ref else ACCUMULATE, z.shape[1]))
 
 
 def dlogits(z: Tensor, r: Tensor | None, work: Work, done: Finished, g: Upstream, dtype: torch.dtype) -> Tensor:

@@ -20,10 +20,9 @@ WIDTHS = [16_384, 4480]  # a whole tile, and the last one of 151,936 columns
 ARCHITECTURES = [(a, w) for a in (80, 90) for w in WIDTHS] + [(100, 4480), (120, 4480)]
 # Registers of a thread with Triton 3.7.1, the most on any architecture, and 10 % more: (reference, bias and soft-cap).
 MOST = {
-    "accumulate_kernel": {(False, False): 44, (False, True): 53, (True, False): 100, (True, True): 123},
+    "accumulate_kernel": {(False, False): 44, (False, True): 53, (True, False): 62, (True, True): 80},
     "dlogits_kernel": {(False, False): 44, (False, True): 53, (True, False): 53, (True, True): 88},
 }
-SPILLED = {("accumulate_kernel", 90, 4480, True, True): 8}  # bytes; ptxas stops at 80 registers there
 every = pytest.mark.parametrize("options", [False, True], ids=["plain", "bias and soft-cap"])
 either = pytest.mark.parametrize("reference", [False, True], ids=["no reference", "reference"])
 targets = pytest.mark.parametrize(("architecture", "width"), ARCHITECTURES)
@@ -52,10 +51,8 @@ def check(kernel, architecture: int, constants: dict, options: dict, reference: 
                        check=True).stdout for what in ("resource-usage", "sass"))
     registers, stack, local = (int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("REG", "STACK", "LOCAL"))
     name = kernel.__name__
-    spilled = SPILLED.get((name, architecture, constants["WIDTH"], reference, capped), 0)
-    assert stack <= spilled
-    assert local == 0
-    assert len(re.findall(r"\b(?:LDL|STL)\b", sass)) <= spilled // 4
+    assert (stack, local) == (0, 0)
+    assert not re.search(r"\b(?:LDL|STL)\b", sass)
     if triton.__version__.startswith("3.7."):
         assert registers <= MOST[name][reference, capped]
     per_block = constants["BLOCK"] // (32 * options["num_warps"] * 4)  # loads of 4 float32 each a thread needs
@@ -67,7 +64,7 @@ def check(kernel, architecture: int, constants: dict, options: dict, reference: 
 @either
 @targets
 def test_accumulate_spills_nothing_and_reads_16_bytes_at_a_time(architecture, width, reference, options, tmp_path):
-    launch = logits.fitted(logits.ACCUMULATE, width)
+    launch = logits.fitted(logits.ACCUMULATE_BOTH if reference else logits.ACCUMULATE, width)
     constants = {"WIDTH": width, "BLOCK": launch.pop("BLOCK"), "HAS_REF": reference, "HAS_CAP": options,
                  "HAS_BIAS": options, "REF_CAP": reference and options, "REF_HAS_BIAS": reference and options}
     check(logits.accumulate_kernel, architecture, constants, launch, reference, options, tmp_path)

@@ -25,7 +25,7 @@ GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 6e-3}  # relative; the interpre
 
 @pytest.fixture(autouse=True)
 def _several_blocks_a_row(monkeypatch):
-    for name in ("ACCUMULATE", "DLOGITS"):
+    for name in ("ACCUMULATE", "ACCUMULATE_BOTH", "DLOGITS"):
         monkeypatch.setattr(logits, name, getattr(logits, name) | {"BLOCK": 8})
 
 
@@ -80,7 +80,7 @@ def test_a_target_may_be_the_first_and_the_last_of_a_tile_and_of_a_block(ids):
 @pytest.mark.parametrize("ref", ["wider", "none"])
 def test_logits_that_are_all_negative_and_blocks_that_do_not_divide_the_tile(monkeypatch, ref, block):
     """A column too many would be a logit of 0, e⁵⁰ times everything else."""
-    for name in ("ACCUMULATE", "DLOGITS"):
+    for name in ("ACCUMULATE", "ACCUMULATE_BOTH", "DLOGITS"):
         monkeypatch.setattr(logits, name, getattr(logits, name) | {"BLOCK": block})
     for tile in (RAGGED, Shape(M, V)):  # a float32 logit of -133 / 0.7 is off by 1e-5 before anything is done to it
         compare(test_tiles.all_negative(ref), torch.float32, tile=tile, loose=30)
