@@ -67,7 +67,7 @@ def explain(cfg: Config, cuda: bool = False) -> Explanation:
     optimum(said, found)
     normalisation(said, cfg, chosen)
     for trap in traps(cfg, chosen, found):
-        said.say("traps", trap.replace("{", "{{").replace("}", "}}"))
+        said.say("traps", escaped(trap))
     size(said, cfg, chosen.exact, cuda)
     return said
 
