@@ -614,3 +614,13 @@ def test_dividing_by_the_length_moves_the_fixed_point_where_lengths_differ(score
         p = end(*RLOO, f"optim.weights={weights}", *charged("loss", "k2"), on=on, beta=0.5)[1]
         assert p == pytest.approx(number, abs=6e-7)
         assert p == pytest.approx(root(lambda x, w=weight: pull(x, w), 1e-12, 1 - 1e-12), abs=TIGHT)
+
+
+@pytest.mark.parametrize("cell", [("reward", "k1"), ("loss", "k2"), ("loss", "k3")], ids=" ".join)
+@pytest.mark.parametrize("unit", [0.1, 10.0])
+def test_scores_and_beta_in_another_unit_lead_to_the_same_policy(unit, cell):
+    """Only score/beta counts, where the advantage has the unit of the score."""
+    plain = end(*RLOO, *charged(*cell))
+    scaled = BANDIT._replace(scores=unit * BANDIT.scores)
+    assert tv(end(*RLOO, *charged(*cell), on=scaled, beta=unit * BETA), plain) < TIGHT
+    assert tv(end(*RLOO, *charged(*cell), on=scaled), plain) > 0.05
