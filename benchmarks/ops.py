@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlkl.kernels.plain import TORCH, Caps, Sums, Upstream, Work, finish
 from rlkl.logprobs import token_logprobs
-from rlkl.tiles import TORCH, Caps, Sums, Upstream, Work, finish, spans
+from rlkl.tiles import spans
 from rlkl.types import Head
 
 PLAIN, AGAIN = (1, 1, 1), (2, 1, 1)  # products: logits once, or again in the backward pass
@@ -103,7 +104,7 @@ def on_a_tile(x: Inputs, mark: Callable[[], None]) -> tuple[Outputs, Outputs]:
     if copies:
         functions = TORCH
     else:
-        from rlkl.kernels import TRITON as functions
+        from rlkl.kernels.logits import TRITON as functions
     caps = Caps(1.0, None, None)
     work, sums = Work(x.ids, torch.ones_like(x.upstream[0]), caps, caps), Sums.start(len(z), z, reference=False)
     functions.accumulate(z.float().clone() if copies else z, None, work, sums)

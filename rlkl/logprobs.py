@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rlkl.tiles import TORCH, Functions, tiled, vocabulary
+from rlkl.kernels.plain import TORCH, Functions
+from rlkl.tiles import tiled, vocabulary
 from rlkl.types import Head
 
 LOGITS_BUDGET = 2**28  # bytes of logits up to which the plain way is the fast one
@@ -106,7 +107,7 @@ def in_tiles(hidden: Tensor, head: Head, ids: Tensor, temperature, ref_hidden, r
 
 def fused(*args) -> TokenStats:
     """`in_tiles` with Triton."""
-    from rlkl.kernels import TRITON
+    from rlkl.kernels.logits import TRITON
 
     return in_tiles(*args, functions=TRITON)
 

@@ -74,7 +74,7 @@ def test_the_budget_of_the_plain_way_is_in_bytes_of_float32():
 
 def test_fused_takes_the_functions_of_triton(monkeypatch):
     pytest.importorskip("triton")
-    from rlkl.kernels import TRITON
+    from rlkl.kernels.logits import TRITON
 
     monkeypatch.setattr(logprobs, "in_tiles", lambda *_, functions: functions)
     assert logprobs.fused() is TRITON

@@ -1,6 +1,6 @@
 """Two kernels that read a tile of products once: into the running sums, and into ∂loss/∂products in its own place.
 
-The same two functions as in rlkl/tiles.py, whose docstrings have the formulas. One program a row. Offsets of rows are
+The same two functions as in plain.py, whose docstrings have the formulas. One program a row. Offsets of rows are
 int64 (M · V exceeds 2³¹), rows lie on grid x (the others end at 65535). Widths are compile-time constants: that makes
 the loads 16 bytes wide, and Triton 3.6's interpreter needs it.
 """
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlkl.tiles import Caps, Finished, Functions, Sums, Upstream, Work
+from rlkl.kernels.plain import Caps, Finished, Functions, Sums, Upstream, Work
 
 ACCUMULATE = {"BLOCK": 4096, "num_warps": 8}
 ACCUMULATE_BOTH = {"BLOCK": 1024, "num_warps": 4}  # two logits an element: more columns spill registers

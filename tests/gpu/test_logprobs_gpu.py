@@ -9,8 +9,9 @@ import torch
 from test_tiles import HEADS, RAGGED, REFERENCES, Case, case, per_row, relative, run, specified
 from torch import Tensor
 
+from rlkl.kernels.plain import Caps, Sums, Upstream, Work, finish
 from rlkl.logprobs import LOGITS_BUDGET, chosen, token_logprobs
-from rlkl.tiles import Caps, Shape, Sums, Upstream, Work, add_product, finish, product, tile_for, tiled
+from rlkl.tiles import Shape, add_product, product, tile_for, tiled
 from rlkl.types import Head
 
 pytest.importorskip("triton")
@@ -23,7 +24,7 @@ GB = 2**30
 
 
 def fused(c: Case, **kw) -> tuple:
-    from rlkl.kernels import TRITON
+    from rlkl.kernels.logits import TRITON
 
     return tiled(*c, functions=TRITON, **kw)
 
@@ -134,7 +135,7 @@ def test_s8_three_quarters_masked():
 def test_l1_from_logits_in_one_tile():
     """The two kernels by themselves, on a tile of whole rows."""
     needs(16)
-    from rlkl.kernels import TRITON
+    from rlkl.kernels.logits import TRITON
 
     rows, columns = 512, 151_936
     g = torch.Generator("cuda").manual_seed(0)

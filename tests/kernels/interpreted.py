@@ -12,10 +12,11 @@ import torch
 from test_tiles import HEADS, OUTPUTS, RAGGED, REFERENCES, SUBSETS, Case, M, V, case, normal, relative, run, specified
 from torch import Tensor
 
-from rlkl import tiles
-from rlkl.kernels import TRITON, logits
+from rlkl.kernels import logits, plain
+from rlkl.kernels.logits import TRITON
+from rlkl.kernels.plain import Caps, Finished, Sums, Upstream, Work
 from rlkl.logprobs import token_logprobs
-from rlkl.tiles import Caps, Finished, Shape, Sums, Upstream, Work, tiled
+from rlkl.tiles import Shape, tiled
 
 np.seterr(all="ignore")  # both sides of a tl.where are computed
 DTYPES = [torch.float32, torch.bfloat16]
@@ -150,7 +151,7 @@ def started(reference: bool, dtype: torch.dtype) -> Sums:
 @pytest.mark.parametrize("reference", [False, True])
 def test_accumulate_adds_what_its_twin_adds(reference, capped, biased):
     sums = {}
-    for dtype, function in ((torch.float32, TRITON.accumulate), (torch.float64, tiles.accumulate)):
+    for dtype, function in ((torch.float32, TRITON.accumulate), (torch.float64, plain.accumulate)):
         z, r = (normal(ROWS, WIDTH, seed=s).mul(3).float().to(dtype) for s in (0, 1))
         sums[dtype] = started(reference, dtype)
         function(z, r if reference else None, work(capped, biased, dtype), sums[dtype])
@@ -175,7 +176,7 @@ def test_dlogits_is_its_twins_in_the_memory_of_the_tile(subset, capped, dtype):
         return Upstream(*(found.get(i) for i in range(4)))
 
     got: dict[torch.dtype, Tensor] = {}
-    for wide, function in ((torch.float32, TRITON.dlogits), (torch.float64, tiles.dlogits)):
+    for wide, function in ((torch.float32, TRITON.dlogits), (torch.float64, plain.dlogits)):
         z, r = (normal(ROWS, WIDTH, seed=s).mul(3).float().to(wide) for s in (0, 1))
         there = z.data_ptr()
         r = r if subset[-1] >= 2 else None
