@@ -86,7 +86,6 @@ def training_step(cfg: Config, parts: Parts, state: State) -> tuple[dict[str, fl
     if state.kl_ref_coef > 0 and cfg.kl_ref.place == "reward":
         batch.rewards = batch.rewards - state.kl_ref_coef * parts.kl_ref(batch.old_logprobs, batch.ref_logprobs)
     batch.advantages, batch.returns = parts.advantage(batch.rewards, batch.values, batch.mask, group_size=group)
-
     if cfg.mismatch.truncate != "none":
         batch.advantages = batch.advantages * truncated_ratio(batch, cfg.mismatch.truncate, cfg.mismatch.cap)
 

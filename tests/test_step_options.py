@@ -17,7 +17,7 @@ from rlkl import config, kl
 from rlkl.algorithm import algorithm, reads_old
 from rlkl.build import build
 from rlkl.errors import UserError
-from rlkl.explain import traps
+from rlkl.explain import explain, traps
 from rlkl.losses import token_weights
 from rlkl.mismatch import accepted, truncated_ratio
 from rlkl.selfcheck import MEAN, MOST, judged, selfcheck
@@ -374,3 +374,29 @@ def test_the_references_states_are_kept_with_the_rollout_and_read_in_every_epoch
     anew = parts.policy.evaluate(batch, parts.reference)
     torch.testing.assert_close(new.kl_pi_ref, anew.kl_pi_ref, atol=1e-6, rtol=1e-5)
     assert new.kl_pi_ref.max() > 1e-3
+
+
+ODD = """
+def picky(rewards, values, mask, *, group_size):
+    if mask.shape[1] < 3:
+        raise RuntimeError("needs three columns")
+    r = rewards.sum(1).view(-1, group_size)
+    return (r - r.mean(1, keepdim=True)).reshape(-1, 1) * mask, None
+
+
+def paid(new, batch):
+    return -batch.advantages * new.logprobs + 0 * batch.rewards, {}
+"""
+
+
+def test_a_plug_in_that_cannot_be_measured_trains_all_the_same(base):
+    """What explain makes of a configuration is a note; rlkl explain itself says in one line why it has none."""
+    with open("odd.py", "w") as file:
+        file.write(ODD)
+    options = "kl_ref.place=loss", "kl_ref.estimator=k3", "kl_ref.coef=0.1", "advantage=odd.py:picky"
+    cfg, parts, state = setup(base, *options)
+    assert traps(cfg, algorithm(cfg)) == [kl.TRAPS["loss", "k3"]]
+    train.training_step(cfg, parts, state)
+    with pytest.raises(UserError, match=r"cannot be measured.*RuntimeError: needs three columns"):
+        explain(cfg)
+    assert explain(config.load(arguments(base, *PLAIN, "loss=odd.py:paid"))).numbers["updates"] == 1

@@ -48,7 +48,7 @@ def games_for(cfg: Config, algorithm: Algorithm) -> list[Game]:
         except ValueError:
             continue
         return games
-    return []
+    raise ValueError("it takes neither scores of any sign nor scores of 0 and 1")
 
 
 def credit(cfg: Config, algorithm: Algorithm) -> Credit:
@@ -153,7 +153,7 @@ def probe(loss: Callable, ratio: float, advantages: Tensor, selected: bool = Tru
     old = torch.full(advantages.shape, 0.2, dtype=torch.float64).log()
     batch = Batch(mask.long(), mask, mask.long(), mask, old, mask[:, 0], old_logprobs=old, ref_logprobs=old,
                   values=torch.zeros_like(old), returns=torch.zeros_like(old), old_entropy=-old, advantages=advantages,
-                  selected=mask & selected)
+                  rewards=advantages, weights=torch.ones_like(old), selected=mask & selected)
     leaves = (old + math.log(ratio)).requires_grad_(), torch.ones_like(old).requires_grad_()
     total = loss(Evaluation(*leaves, torch.zeros_like(old)), batch)[0].sum()
     found = torch.autograd.grad(total, leaves, allow_unused=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlkl.algorithm import Algorithm, in_reward
+from rlkl.errors import UserError
 from rlkl.explain.measure import (
     FORWARD,
     NOTHING,
@@ -27,6 +28,7 @@ from rlkl.explain.measure import (
 from rlkl.explain.optimum import forward_tilted, tilted, token_level
 from rlkl.explain.tabular import Game, probabilities, table_of
 from rlkl.explain.verify import Expected
+from rlkl.model import first_line
 from rlkl.schema import Config
 
 
@@ -73,14 +75,19 @@ class Law:
 
 
 def law(cfg: Config, algorithm: Algorithm) -> Law:
-    if cfg.kl_ref.coef == 0:
-        kl = NOTHING
-    elif in_reward(cfg):
-        kl = SEQUENCE if is_k1(algorithm.kl_ref) else OTHER
-    else:
-        kl = kl_gradient(algorithm)
-    return Law(cfg, algorithm, credit(cfg, algorithm), reinforce_factor(algorithm.loss, per_token=False),
-               entropy_coef(algorithm.loss), kl)
+    """Measured; UserError where a function of somebody's own does not work on so small a game."""
+    try:
+        if cfg.kl_ref.coef == 0:
+            kl = NOTHING
+        elif in_reward(cfg):
+            kl = SEQUENCE if is_k1(algorithm.kl_ref) else OTHER
+        else:
+            kl = kl_gradient(algorithm)
+        return Law(cfg, algorithm, credit(cfg, algorithm), reinforce_factor(algorithm.loss, per_token=False),
+                   entropy_coef(algorithm.loss), kl)
+    except Exception as error:  # a plug-in may fail in any way
+        raise UserError("the configuration cannot be measured: one of its functions failed on a game of one or two "
+                        f"tokens: {type(error).__name__}: {first_line(error)}") from error
 
 
 def predict(found: Law, game: Game, measured: Tensor) -> Prediction | None:

@@ -68,13 +68,16 @@ class Expected:
         """(R,) of each reply."""
         return reply_logprobs(self.game, table).exp()
 
+    def rewards(self, old: Tensor) -> Tensor:
+        """(R, T) what each token is paid; old (R, T) log-probs."""
+        rewards = token_rewards(self.game.scores, self.game.mask)
+        if in_reward(self.cfg):
+            rewards = rewards - self.cfg.kl_ref.coef * self.algorithm.kl_ref(old, self.base.ref_logprobs)
+        return rewards.masked_fill(~self.game.mask, 0.0)
+
     def advantages(self, joint: Tensor, old: Tensor) -> Tensor:
         """(E·n, T) of every row of every rollout, by the configuration's function; old (R, T) log-probs."""
-        batch, mask = self.base, self.game.mask
-        rewards = token_rewards(self.game.scores, mask)
-        if in_reward(self.cfg):
-            rewards = rewards - self.cfg.kl_ref.coef * self.algorithm.kl_ref(old, batch.ref_logprobs)
-        rewards, values = rewards.masked_fill(~mask, 0.0), None
+        mask, rewards, values = self.game.mask, self.rewards(old), None
         if self.cfg.model.critic != "none":  # a critic that has converged
             values = exact_values(self.game, joint, rewards)
         elif self.cfg.sampling.baseline != "none":
@@ -109,7 +112,7 @@ class Expected:
         batch = self.base[rows]
         batch.old_logprobs = batch.sampler_logprobs = old[rows]
         batch.old_entropy = new.entropy.detach()[rows]
-        batch.advantages = self.advantages(joint, old)
+        batch.rewards, batch.advantages = self.rewards(old)[rows], self.advantages(joint, old)
         new = Evaluation(*(None if x is None else x[rows] for x in new))
         if self.cfg.model.critic != "none":
             batch.values = batch.returns = torch.zeros_like(batch.advantages)

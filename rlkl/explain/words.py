@@ -229,8 +229,12 @@ def traps(cfg: Config, chosen: Algorithm, found: Law | None = None) -> list[str]
     """One line each: what a configuration does that its author may not expect."""
     if cfg.kl_ref.coef == 0:
         return []
-    found, known = found or law(cfg, chosen), (cfg.kl_ref.place, cfg.kl_ref.estimator)
+    known = cfg.kl_ref.place, cfg.kl_ref.estimator
     lines = [TRAPS[known]] if known in TRAPS else []
+    try:
+        found = found or law(cfg, chosen)
+    except UserError:  # a run is not stopped by what cannot be measured
+        return lines
     if not found.credit.standardised or compares_groups(chosen, cfg):
         return lines
     if not in_reward(cfg):
