@@ -119,10 +119,10 @@ def evaluate(cfg: Config, parts: Parts, batch: Batch) -> Tensor | None:
 
     With one update per rollout and nothing that reads it earlier, pi_old is the pi of that update: not scored here.
     """
-    if parts.reference is not None:
-        batch.ref_logprobs = parts.reference.score(batch, cfg.optim.micro_tokens).logprobs
     if parts.exact is not None:
-        batch.ref_states = parts.exact.kept_states(batch, cfg.optim.micro_tokens)
+        batch.ref_logprobs, batch.ref_states = parts.exact.score_and_states(batch, cfg.optim.micro_tokens)
+    elif parts.reference is not None:
+        batch.ref_logprobs = parts.reference.score(batch, cfg.optim.micro_tokens).logprobs
     if not parts.reads_old:
         return None
     old = parts.policy.score(batch, cfg.optim.micro_tokens)

@@ -125,14 +125,17 @@ class Policy(nn.Module):
         return self.states(batch) if batch.ref_states is None else batch.ref_states
 
     @torch.no_grad()
-    def kept_states(self, batch: Batch, max_tokens: int) -> Tensor:
-        """(B, T, D) `states` in micro-batches: what an exact KL needs of the reference, M × D instead of M × V."""
-        kept = None
+    def score_and_states(self, batch: Batch, max_tokens: int) -> tuple[Tensor, Tensor]:
+        """As a reference: (B, T) log-probs, and the (B, T, D) `states` that an exact KL keeps, M × D and not M × V."""
+        logprobs = kept = None
         for rows, micro in batch.microbatches(max_tokens):
-            states = self.states(micro)
-            kept = states.new_zeros(*batch.mask.shape, states.shape[-1]) if kept is None else kept
-            kept[rows, : states.shape[1]] = states
-        return kept
+            hidden, columns = trajectory(self.backbone, micro), micro.mask.shape[1]
+            found = self.evaluate_states(hidden, micro, None).logprobs
+            if kept is None:
+                logprobs = found.new_zeros(batch.mask.shape)
+                kept = hidden.new_zeros(*batch.mask.shape, hidden.shape[-1])
+            logprobs[rows, :columns], kept[rows, :columns] = found, hidden[:, :-1]
+        return logprobs, kept
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """What is trained: the policy, and the critic apart, so that neither's gradient scales the other's step."""

@@ -30,14 +30,14 @@ class Shape(NamedTuple):
 
 
 # Products in at least float32, from operands that may be narrower
-def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b.T, not rounded to the dtype of the operands."""
     wide = torch.promote_types(a.dtype, torch.float32)
     if a.dtype == wide:
-        return torch.mm(a, b.T, out=out)
+        return a @ b.T
     if a.is_cuda:
-        return torch.mm(a, b.T, out_dtype=wide, out=out)
-    return torch.mm(a.to(wide), b.to(wide).T, out=out)
+        return torch.mm(a, b.T, out_dtype=wide)
+    return a.to(wide) @ b.to(wide).T
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -175,4 +175,3 @@ def tiled(hidden: Tensor, head: Head, ids: Tensor, temperature: float | Tensor, 
         ref_hidden = ref_hidden.detach()
     return Tiled.apply(hidden, head.weight, head.bias, ids, 1 / temperatures, head, ref_hidden, ref_head,
                        Plan(functions, tile, keep_bytes, pad))
-

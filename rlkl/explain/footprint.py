@@ -53,7 +53,7 @@ def architecture(cfg: Config) -> tuple[Any, PreTrainedTokenizerBase]:
         raise UserError(f"model.name={cfg.model.name!r}: its config cannot be read: {first_line(error)}") from error
 
 
-def tokens(cfg: Config, tokenizer: PreTrainedTokenizerBase, exact: bool) -> Tokens:
+def tokens(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """With the longest of the task's first prompts, and every reply as long as it may be."""
     task = resolve(cfg.task, TASKS, "task")("train")
     lengths = [len(encode(tokenizer, task[i].prompt)) for i in range(min(len(task), PROMPTS))]
@@ -61,7 +61,7 @@ def tokens(cfg: Config, tokenizer: PreTrainedTokenizerBase, exact: bool) -> Toke
     rows = cfg.sampling.prompts * cfg.sampling.group_size
     greedy = cfg.sampling.prompts * (cfg.sampling.baseline != "none")
     whole = rows * (longest + cfg.sampling.max_new_tokens)
-    passes = cfg.model.reference + reads_old(cfg) + exact  # an exact KL keeps the reference's states
+    passes = cfg.model.reference + reads_old(cfg)
     return Tokens(longest, (rows + greedy) * cfg.sampling.max_new_tokens, passes * whole, cfg.optim.epochs * whole)
 
 

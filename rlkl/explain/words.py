@@ -250,7 +250,7 @@ def traps(cfg: Config, chosen: Algorithm, found: Law | None = None) -> list[str]
 def size(said: Explanation, cfg: Config, exact: bool, cuda: bool) -> None:
     try:
         config, tokenizer = architecture(cfg)
-        count = tokens(cfg, tokenizer, exact)
+        count = tokens(cfg, tokenizer)
     except UserError as error:
         said.say("size of a step", escaped(f"not estimated: {error}"))
         return
