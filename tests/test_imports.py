@@ -97,8 +97,9 @@ def test_every_imported_library_is_a_dependency_of_our_own():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = [d.split(">")[0].split("=")[0].split("[")[0].strip().lower() for d in project["dependencies"]]
-    names += [d.split(">")[0].split("=")[0].strip().lower() for d in project["optional-dependencies"]["dev"]]
-    known = {{"pyyaml": "yaml"}.get(n, n) for n in names} | set(sys.stdlib_module_names) | {"rlkl", "train", "tests"}
+    extras = [d for extra in project["optional-dependencies"].values() for d in extra]
+    names += [d.split(">")[0].split("=")[0].strip().lower() for d in extras]
+    known = {{"pyyaml": "yaml"}.get(n, n.replace("-", "_")) for n in names} | set(sys.stdlib_module_names) | {"rlkl", "train", "tests"}
     for path in [*FILES, ROOT / "train.py"]:
         assert {n.split(".")[0] for n in imported(path)} <= known, path
 
