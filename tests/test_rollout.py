@@ -12,7 +12,8 @@ from rlkl.rollout import SAMPLERS, cached, naive, pick
 from rlkl.rollout.sample import draw_uniforms
 from rlkl.types import Batch, Sampling
 
-EVERY = ["llama", "tied", "qwen2", "qwen3", "gemma", "gemma2", "granite", "gpt2", "cohere", "phi", "mistral"]
+EVERY = ["llama", "tied", "qwen2", "qwen3", "gemma", "gemma2", "granite", "gpt2", "cohere", "phi", "mistral", "gemma3",
+         "phi3", "olmo2", "smollm3", "gpt_neox"]
 DOUBLE = [name for name in EVERY if name != "gemma2"]  # transformers' eager attention is nan there with left padding
 LAST = math.nextafter(1.0, 0.0)
 BOTH = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
