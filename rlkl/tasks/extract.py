@@ -22,7 +22,7 @@ def boxed(reply: str, longest: int) -> str | None:
     if start < 0:
         return None
     rest = re.sub(r"^\\(boxed|fbox)", "", reply[start : start + longest])
-    if bare := re.match(r"\s+([^\s{}$\\]+)", rest):
+    if bare := re.match(r"\s+([^\s{}$\\]*[^\s{}$\\.,;])", rest):
         return bare[1]
     rest, depth = rest.lstrip(), 0
     for i, c in enumerate(rest):

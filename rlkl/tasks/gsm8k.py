@@ -18,14 +18,14 @@ class GSM8K:
     """The training split to train on, the 1319 problems of the test split held out; a single file is cut by a hash.
 
     Two scores, and both are reported before and after: **strict**, the number right after the last `####`, and
-    **flexible**, the last number of the reply. `reward` chooses the one that is paid.
+    **flexible**, the last number of the reply. `paid` chooses the one that is the reward.
     """
 
     def __init__(self, split: str, *, path: str = "openai/gsm8k", config: str | None = "main", prompt: str = PROMPT,
-                 chat: bool = True, reward: Literal["strict", "flexible"] = "strict", heldout: float = 0.1) -> None:
+                 chat: bool = True, paid: Literal["strict", "flexible"] = "strict", heldout: float = 0.1) -> None:
         rows = side(split, path, config, ("train", "test"), heldout, key="question")
         require(rows, ("question", "answer"), path)
-        self.reward = reward
+        self.paid = paid
         self.examples = [example(row, prompt, chat, path) for row in rows]
 
     def __len__(self) -> int:
@@ -35,7 +35,7 @@ class GSM8K:
         return self.examples[index]
 
     def score(self, example: Example, reply: str) -> float:
-        return self.grade(example, reply)[self.reward]
+        return self.grade(example, reply)[self.paid]
 
     def grade(self, example: Example, reply: str) -> dict[str, float]:
         """{"strict": 0 or 1, "flexible": 0 or 1}."""

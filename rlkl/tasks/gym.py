@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -103,10 +104,9 @@ def harmless(text: str) -> bool:
     if not text.isascii():
         return False
     for read in (json.loads, ast.literal_eval):
-        try:
-            return isinstance(read(text), object)
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            pass
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            read(text)
+            return True
     try:
         nodes = list(ast.walk(ast.parse(text.strip(), mode="eval")))
     except (ValueError, SyntaxError, RecursionError, MemoryError):

@@ -26,7 +26,7 @@ class Mathematics:
     def __init__(self, split: str, *, path: str = "DigitalLearningGmbH/MATH-lighteval",
                  heldout_path: str | None = "HuggingFaceH4/MATH-500", levels: list[int] | None = None,
                  prompt: str = PROMPT, chat: bool = True, heldout: float = 0.1) -> None:
-        judge()  # math-verify is missed now, and loaded before the first reply is timed
+        judge()  # if it is missing, that is said now
         if split == "heldout" and heldout_path is not None:
             path, rows = heldout_path, load(heldout_path, None, "test")
         else:
@@ -51,6 +51,7 @@ class Mathematics:
         said = boxed(reply, LONGEST) if in_box else reply[-LONGEST:].strip()
         if not said or same(said) == same(example.answer):
             return float(bool(said))
+        judge()  # loaded in this process, before the clock runs
         return bounded(equal, example.answer, said, in_box, otherwise=0.0)
 
 
@@ -91,10 +92,13 @@ def gold(answer: str) -> tuple:
 
 @functools.cache
 def judge() -> tuple[Any, Any]:
-    """math-verify's parse and verify. UserError if it is not installed."""
+    """math-verify's parse and verify, with their tables made. UserError if it is not installed."""
     try:
         from math_verify import parse, verify
     except ImportError as error:
         raise UserError("task=math judges with math-verify: pip install 'rlkl[tasks]'") from error
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns of the time limit that is switched off
+    square, sum_, half = (parse(text, parsing_timeout=None) for text in ("$(x+1)^2$", r"\boxed{x^2 + 1}", "so 0.5"))
+    for said in (sum_, half):
+        verify(square, said, timeout_seconds=None)
     return parse, verify
