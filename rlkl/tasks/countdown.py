@@ -16,6 +16,7 @@ PROMPT = (
     "Using the numbers {numbers}, write an expression that equals {target}. You may use + - * / and brackets, and "
     "every number exactly once. Think step by step, then write the expression alone between <answer> and </answer>, "
     "for example <answer>(1 + 2) / 3</answer>.")
+MOST = 10  # numbers: their expression must not be longer than what is read
 TRIES = 200  # draws per problem that is wanted, after which the space is taken to be smaller than that
 
 
@@ -29,6 +30,9 @@ class Countdown:
     def __init__(self, split: str, *, path: str | None = None, problems: int = 5000, numbers: tuple[int, int] = (3, 4),
                  largest: int = 99, target: tuple[int, int] = (10, 99), seed: int = 0, prompt: str = PROMPT,
                  chat: bool = True, tags: bool = True, format_score: float = 0.1, heldout: float = 0.1) -> None:
+        if not 1 <= numbers[0] <= numbers[1] <= MOST or largest < 1:
+            raise UserError(f"task.numbers={list(numbers)}, task.largest={largest}: from 1 to {MOST} numbers, the "
+                            "fewest first, and each at least 1")
         if not 0 <= format_score < 1:
             raise UserError(f"task.format_score={format_score}: at least 0 and below 1, which is for a solution")
         self.prompt, self.chat, self.tags, self.format_score = prompt, chat, tags, format_score

@@ -38,11 +38,10 @@ class ReasoningGym:
     def __init__(self, split: str, *, dataset: str, problems: int = 2000, seed: int = 0,
                  options: dict[str, Any] | None = None, prompt: str = PROMPT, chat: bool = True, tags: bool = True,
                  heldout: float = 0.1) -> None:
-        self.dataset, self.tags = create(dataset, options or {}, seed, problems), tags
+        self.tags, (self.dataset, entries) = tags, create(dataset, options or {}, seed, problems)
         self.evaluates = evaluates(self.dataset)
-        self.examples = [
-            example(entry, prompt, chat, tags) for entry in map(self.dataset.__getitem__, range(problems))
-            if (bucket(entry["question"]) < heldout) == (split == "heldout")]
+        self.examples = [example(entry, prompt, chat, tags) for entry in entries
+                         if (bucket(entry["question"]) < heldout) == (split == "heldout")]
         if not self.examples:
             raise UserError(f"task.dataset={dataset!r}: none of {problems} problems falls on the {split} side with "
                             f"task.heldout={heldout}")
@@ -71,8 +70,8 @@ def example(entry: dict[str, Any], prompt: str, chat: bool, tags: bool) -> Examp
     return Example(message(text) if chat else text, answer, info)
 
 
-def create(name: str, options: dict[str, Any], seed: int, size: int) -> Any:
-    """A dataset of reasoning-gym. UserError names the ones that are called alike, or the options there are."""
+def create(name: str, options: dict[str, Any], seed: int, size: int) -> tuple[Any, list[dict[str, Any]]]:
+    """A dataset of reasoning-gym and its entries. UserError names the ones called alike, or the options there are."""
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError as error:
@@ -85,9 +84,11 @@ def create(name: str, options: dict[str, Any], seed: int, size: int) -> Any:
     if bad := sorted(set(options) - set(known)):
         raise UserError(f"task.options: {name} has no option {bad[0]!r}; it takes {', '.join(known) or 'none'}")
     try:
-        return create_dataset(name, seed=seed, size=size, **options)
-    except (AssertionError, ValueError, TypeError) as error:
-        raise UserError(f"task.options={options}: {name} refuses them: {str(error) or 'no reason given'}") from error
+        dataset = create_dataset(name, seed=seed, size=size, **options)
+        return dataset, [dataset[i] for i in range(size)]
+    except Exception as error:  # a hundred generators, each with limits of its own
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"task.options={options}: {name} refuses them: {why}") from error
 
 
 def evaluates(dataset: Any) -> bool:

@@ -60,10 +60,14 @@ def side(split: str, path: str, config: str | None, splits: tuple[str, str | Non
         return load(path, config, train_split if split == "train" else heldout_split)
     rows = load(path, config, train_split)
     require(rows, (key,), path)
-    rows = [row for row in rows if (bucket(row[key]) < heldout) == (split == "heldout")]
+    rows = [row for row in rows if (bucket(text_or_chat(row[key])) < heldout) == (split == "heldout")]
     if not rows:
         raise UserError(f"task.path={path!r}: no row falls on the {split} side with task.heldout={heldout}")
     return rows
+
+
+def text_or_chat(x: Any) -> str | list[dict]:
+    return x if isinstance(x, str | list) else str(x)
 
 
 def load(path: str, config: str | None, split: str) -> list[dict[str, Any]]:
