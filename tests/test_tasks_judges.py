@@ -127,6 +127,22 @@ def swallows():
                 sum(range(1000))
 
 
+class Buries:
+    """A destructor that takes its time: what is raised in it is ignored by Python, and printed."""
+
+    def __del__(self):
+        end = time.thread_time() + 0.3
+        while time.thread_time() < end:
+            pass
+
+
+def test_a_tick_in_a_destructor_is_lost_without_a_word(monkeypatch):
+    printed = []
+    monkeypatch.setattr("sys.unraisablehook", lambda unraisable: printed.append(unraisable.exc_type))
+    assert bounded(lambda: [Buries() for _ in range(3)] and 1.0, otherwise=-1.0, seconds=0.05) in (1.0, -1.0)
+    assert printed == []
+
+
 def deep(n=0):
     return deep(n + 1)
 

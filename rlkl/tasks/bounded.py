@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 TICK = 0.02  # seconds of CPU between two looks at the clock
@@ -31,8 +32,13 @@ def bounded(function: Callable[..., T], *args: object, otherwise: T, seconds: fl
         if time.thread_time() > end[0]:
             raise Late
 
+    def ignored(unraisable: Any) -> None:  # a tick in a destructor is lost, and the next one comes: nothing to print
+        if unraisable.exc_type is not Late:
+            others(unraisable)
+
     ticks = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGVTALRM, look) if ticks else None
+    others, sys.unraisablehook = sys.unraisablehook, ignored
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -48,3 +54,4 @@ def bounded(function: Callable[..., T], *args: object, otherwise: T, seconds: fl
         if ticks:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             signal.signal(signal.SIGVTALRM, before)
+        sys.unraisablehook = others
