@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -31,6 +31,7 @@ from rlkl.seeds import draw
 from rlkl.tasks import TASKS
 from rlkl.types import Batch, Evaluation, Example, Sampling
 
+T = TypeVar("T")
 TABLES = {  # what an option may name
     "task": TASKS, "sampling.backend": SAMPLERS, "advantage": ADVANTAGES, "selector": SELECTORS, "loss": LOSSES,
     "kl_ref.estimator": KL | KL_LOSSES, "kl_old.estimator": KL_OLD_LOSSES,
@@ -59,6 +60,7 @@ class Parts:
     train: list[Example]
     heldout: list[Example]
     solved: Callable[[Example, str], bool]  # is this reply right? what held-out accuracy counts
+    grade: Callable[[Example, str], dict[str, float]]  # what the task reports of a held-out reply beside that
 
 
 def pick_device(name: str) -> torch.device:
@@ -107,16 +109,21 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
         sampler, reward, chosen.advantage, chosen.selector, chosen.loss, chosen.kl_ref, chosen.kl_old, reads_old(cfg),
         train=that_fit(cfg, policy, tokenizer, [task[i] for i in range(len(task))], "train", console),
         heldout=that_fit(cfg, policy, tokenizer, [heldout_task[i] for i in heldout], "held-out", console),
-        solved=partial(solved, task.score))
+        solved=partial(solved, task.score), grade=partial(judged, "grade", getattr(task, "grade", lambda *_: {})))
 
 
 def solved(score: Callable[[Example, str], float | dict[str, float]], example: Example, reply: str) -> bool:
     """Is a reply right: a score, or a sum of named parts, of at least 1."""
-    try:
-        scored = score(example, reply)
-    except Exception as error:  # somebody else's code may fail in any way
-        raise UserError(f"task.score raised {type(error).__name__}: {error} for the reply {reply!r}") from error
+    scored = judged("score", score, example, reply)
     return (sum(scored.values()) if isinstance(scored, dict) else scored) >= 1
+
+
+def judged(name: str, function: Callable[[Example, str], T], example: Example, reply: str) -> T:
+    """What a task says of a reply. UserError where it raises."""
+    try:
+        return function(example, reply)
+    except Exception as error:  # somebody else's code may fail in any way
+        raise UserError(f"task.{name} raised {type(error).__name__}: {error} for the reply {reply!r}") from error
 
 
 def dtype_of(cfg: Config, device: torch.device) -> torch.dtype:

@@ -94,12 +94,20 @@ def selector(request):
 
 
 def make_task(name: str, folder):
-    """split -> task, with a small file of problems for the one that reads a file."""
-    if name != "jsonl":
-        return resolve({"name": name}, TASKS, "task")
+    """split -> task, with the options it needs, and a small file of problems for the one that reads files."""
     rows = [{"prompt": f"What is {n} + {n}? ", "answer": 2 * n, "level": n % 3} for n in range(40)]
-    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return resolve({"name": name, "path": str(folder / "sums.jsonl")}, TASKS, "task")
+    grade_school = [{"question": f"What is {n} + {n}?", "answer": f"It is <<{n}+{n}={2 * n}>>{2 * n}\n#### {2 * n}"}
+                    for n in range(40)]
+    halves = [{"problem": f"Halve ${n}$", "level": "Level 1", "solution": f"It is $\\boxed{{\\frac{{{n}}}{{2}}}}$."}
+              for n in range(1, 40, 2)]
+    files = {"jsonl": rows, "datasets": rows, "gsm8k": grade_school, "math": halves}
+    options = {"countdown": {"problems": 200}, "reasoning_gym": {"dataset": "chain_sum", "problems": 100},
+               "math": {"heldout_path": None}}.get(name, {})
+    if name in files:
+        path = folder / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, files[name])), encoding="utf-8")
+        options |= {"path": str(path)}
+    return resolve({"name": name, **options}, TASKS, "task")
 
 
 @pytest.fixture
@@ -641,14 +649,16 @@ def test_a_score_depends_on_nothing_but_the_example_and_the_reply(task):
 
 
 def test_the_right_answer_scores_one_and_an_empty_reply_less(task):
-    """heldout/accuracy counts a reply as right from a score of 1."""
+    """heldout/accuracy counts a reply as right from a score of 1. A task that wants more than the bare answer shows a
+    whole right reply in info["solution"]."""
     made = task("train")
     for example in some(made):
         if example.answer:
-            right, wrong = (total(made.score(example, reply)) for reply in (example.answer, ""))
+            reply = example.info.get("solution", example.answer)
+            right, wrong = (total(made.score(example, reply)) for reply in (reply, ""))
             assert wrong < 1, "an empty reply is right"
             if right < 1:
-                report(f"the bare answer {example.answer!r} scores {right}: right if the format is scored too", task)
+                report(f"the bare answer {reply!r} scores {right}: right if the format is scored too", task)
 
 
 # Rewards

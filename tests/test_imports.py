@@ -47,6 +47,9 @@ ONLY = {  # library → the modules that may import it
     "pydantic": {"schema", "config"},
     "rich": {"terminal", "build", "cli"},
     "matplotlib": {"report"},
+    "datasets": {"tasks/hub"},
+    "math_verify": {"tasks/mathematics"},
+    "reasoning_gym": {"tasks/gym"},
 }
 
 
