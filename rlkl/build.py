@@ -14,7 +14,7 @@ from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlkl import tiny
+from rlkl import lora, tiny
 from rlkl.advantages import ADVANTAGES
 from rlkl.algorithm import algorithm, reads_old
 from rlkl.config import resolve
@@ -27,7 +27,7 @@ from rlkl.optim import Optimizer
 from rlkl.rewards import REWARDS, Reward, from_task, with_overlong
 from rlkl.rollout import SAMPLERS
 from rlkl.schema import Config
-from rlkl.seeds import draw
+from rlkl.seeds import draw, stream
 from rlkl.tasks import TASKS
 from rlkl.types import Batch, Evaluation, Example, Sampling
 
@@ -89,9 +89,14 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
     name = str(base_model(console)) if cfg.model.name == "tiny" else cfg.model.name
     dtype = dtype_of(cfg, device)
     policy, tokenizer = load(name, critic=cfg.model.critic, device=device, dtype=dtype)
+    if cfg.lora.r:
+        lora.adapt(policy.lm, r=cfg.lora.r, alpha=cfg.lora.alpha, targets=cfg.lora.targets,
+                   seed=stream(cfg.seed, 0, "LoRA"))
     reference = reference_of(policy) if cfg.model.reference else None
     exact = reference if chosen.exact else None
-    if start is not None:
+    if start is not None and cfg.lora.r:
+        lora.restore(policy.lm, start)
+    elif start is not None:
         policy, _ = load(str(start), critic=cfg.model.critic, device=device, dtype=dtype)
     lrs = {"policy": cfg.optim.lr, "critic": cfg.optim.critic_lr}
     optimizer = Optimizer(policy.parameter_groups(), lrs, betas=cfg.optim.betas, weight_decay=cfg.optim.weight_decay,

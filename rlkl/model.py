@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from rlkl import lora
 from rlkl.errors import UserError
 from rlkl.logprobs import Backend, head_logits, token_logprobs
 from rlkl.types import Batch, Evaluation, Head, Sampling
@@ -156,20 +157,35 @@ def positions(attended: Tensor) -> Tensor:
     return (attended.long().cumsum(1) - 1).clamp_min(0)
 
 
+class Unadapted(Policy):
+    """A policy without its LoRA adapter, on the same tensors: a reference that takes no memory."""
+
+    @property
+    def backbone(self) -> Any:
+        return lora.unadapted(self.lm)
+
+
 def reference_of(policy: Policy) -> Policy:
-    """The frozen copy that kl_ref measures against."""
+    """The frozen first policy that kl_ref measures against: a copy, or the policy with its adapter switched off."""
+    if lora.adapted(policy.lm):
+        return Unadapted(policy.lm, vocab_size=policy.vocab_size).eval()
     return Policy(copy.deepcopy(policy.lm), vocab_size=policy.vocab_size).requires_grad_(False).eval()
 
 
 def load(
     name: str, *, critic: CriticKind = "none", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Policy, PreTrainedTokenizerBase]:
-    """A causal LM directory or hub name → policy and tokenizer. UserError on what is missing or not supported."""
+    """A causal LM directory or hub name → policy and tokenizer; a LoRA adapter's directory is merged into its base.
+
+    UserError on what is missing or not supported.
+    """
     hf_logging.disable_progress_bar()
+    base = lora.base_of(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        found: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        found: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, output_loading_info=True)
         lm, report = found
+        lm = lora.merged(lm, name) if base != name else lm
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"model.name={name!r}: not a causal LM with a tokenizer, as a directory or a hub name: {first_line(error)}"

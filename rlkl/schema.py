@@ -55,6 +55,16 @@ class Model:
 
 
 @dataclass(config=STRICT)
+class Lora:
+    r: NonNegativeInt = 0
+    """rank of a LoRA adapter, which is then all of the policy that is trained; 0 = off, every weight is"""
+    alpha: PositiveFloat = 32.0
+    """the adapter's output is scaled by alpha / r"""
+    targets: str | list[str] = "all-linear"
+    """layers it stands beside: all-linear (all but the unembedding), a list of names, or a regular expression"""
+
+
+@dataclass(config=STRICT)
 class Sampling:
     backend: Plugin = plugin("cached")
     """rollout backend, the same tokens from each"""
@@ -197,6 +207,7 @@ class Config:
     resume: str | None = None
     """folder of a run to continue, bit for bit"""
     model: Model = field(default_factory=Model)
+    lora: Lora = field(default_factory=Lora)
     task: Plugin = plugin("addition")
     """prompts and their judge"""
     reward: Plugin | None = None

@@ -1,0 +1,98 @@
+"""LoRA (Hu et al. 2022, arXiv:2106.09685) through PEFT: W x + alpha/r · B A x, with A (r, in) and B (out, r) trained.
+
+The layers are put into the model in place, so that its trunk, unembedding and config are where they always are; what
+the adapter is switched off for runs on the same tensors as before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from rlkl.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of PEFT's own format
+PREFIX = "base_model.model."  # of every name in it
+
+
+def adapt(lm: PreTrainedModel, *, r: int, alpha: float, targets: str | list[str], seed: int = 0) -> None:
+    """Put a fresh adapter into `lm`, in place: everything else is frozen, and since B = 0 nothing changes yet."""
+    peft = library(f"lora.r={r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of A
+        try:
+            lm.add_adapter(peft.LoraConfig(
+                r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM",
+                fan_in_fan_out=lm.config.model_type == "gpt2"))
+        except ValueError as error:
+            names = {name.rpartition(".")[2] for name, m in lm.base_model.named_modules() if is_linear(m)}
+            raise UserError(f"lora.targets={targets!r}: choose all-linear, or a list from {', '.join(sorted(names))}"
+                            ) from error
+    if any(p.requires_grad for p in lm.get_output_embeddings().parameters()):
+        raise UserError(f"lora.targets={targets!r}: the unembedding stays frozen, leave it out")
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's, transposed
+
+
+def library(what: str) -> Any:
+    """PEFT. UserError naming the extra if it is not installed."""
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(f"{what} needs PEFT: pip install 'rlkl[lora]'") from error
+    return peft
+
+
+def adapted(lm: nn.Module) -> bool:
+    """Does it carry an adapter?"""
+    return bool(getattr(lm, "peft_config", None))
+
+
+@contextmanager
+def switched_off(lm: PreTrainedModel) -> Iterator[None]:
+    """The adapter out of the way, and back again afterwards."""
+    lm.disable_adapters()
+    try:
+        yield
+    finally:
+        lm.enable_adapters()
+
+
+def unadapted(lm: PreTrainedModel) -> Callable[..., Any]:
+    """The trunk as it was before the adapter."""
+
+    @torch.no_grad()
+    def trunk(**inputs: Any) -> Any:
+        with switched_off(lm):
+            return lm.base_model(**inputs)
+
+    return trunk
+
+
+def restore(lm: PreTrainedModel, folder: Path) -> None:
+    """The adapter of a checkpoint, bit for bit, into a model that was adapted in the same way."""
+    found = {name.removeprefix(PREFIX): x for name, x in load_file(folder / WEIGHTS).items()}
+    library("an adapter").set_peft_model_state_dict(lm, found)
+
+
+def base_of(name: str) -> str:
+    """The model that a folder in PEFT's format adapts; any other name is its own."""
+    if not (Path(name) / CONFIG).is_file():
+        return name
+    return library(f"model.name={name!r}, an adapter,").PeftConfig.from_pretrained(name).base_model_name_or_path
+
+
+def merged(lm: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """`lm`, the base of the adapter in `folder`, with W + alpha/r · B A for every W: an ordinary model again."""
+    return library("an adapter").PeftModel.from_pretrained(lm, folder).merge_and_unload()
