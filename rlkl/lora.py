@@ -6,6 +6,7 @@ the adapter is switched off for runs on the same tensors as before it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,15 +25,19 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of PEFT'
 PREFIX = "base_model.model."  # of every name in it
 
 
-def adapt(lm: PreTrainedModel, *, r: int, alpha: float, targets: str | list[str], seed: int = 0) -> None:
-    """Put a fresh adapter into `lm`, in place: everything else is frozen, and since B = 0 nothing changes yet."""
+def adapt(lm: PreTrainedModel, *, r: int, alpha: float, targets: str | list[str], full: list[str],
+          seed: int = 0) -> None:
+    """Put a fresh adapter into `lm`, in place; the layers of `full` are trained themselves, and all else is frozen.
+
+    Nothing changes yet, since B = 0. UserError on layers that are not there.
+    """
     peft = library(f"lora.r={r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of A
         try:
             lm.add_adapter(peft.LoraConfig(
-                r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM",
-                fan_in_fan_out=lm.config.model_type == "gpt2"))
+                r=r, lora_alpha=alpha, target_modules=targets, modules_to_save=full or None, lora_dropout=0.0,
+                task_type="CAUSAL_LM", fan_in_fan_out=lm.config.model_type == "gpt2"))
         except ValueError as error:
             names = {name.rpartition(".")[2] for name, m in lm.base_model.named_modules() if is_linear(m)}
             raise UserError(f"lora.targets={targets!r}: choose all-linear, or a list from {', '.join(sorted(names))}"
@@ -62,11 +67,17 @@ def adapted(lm: nn.Module) -> bool:
 @contextmanager
 def switched_off(lm: PreTrainedModel) -> Iterator[None]:
     """The adapter out of the way, and back again afterwards."""
-    lm.disable_adapters()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    layers = [m for m in lm.modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
+    for layer in layers:
+        layer.enable_adapters(False)
     try:
         yield
     finally:
-        lm.enable_adapters()
+        for layer in layers:  # one by one: lm.enable_adapters() forgets those of `full`
+            layer.enable_adapters(True)
 
 
 def unadapted(lm: PreTrainedModel) -> Callable[..., Any]:
@@ -95,4 +106,6 @@ def base_of(name: str) -> str:
 
 def merged(lm: PreTrainedModel, folder: str) -> PreTrainedModel:
     """`lm`, the base of the adapter in `folder`, with W + alpha/r · B A for every W: an ordinary model again."""
-    return library("an adapter").PeftModel.from_pretrained(lm, folder).merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
+        return library("an adapter").PeftModel.from_pretrained(lm, folder).merge_and_unload()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
 from rlkl import lora
@@ -170,6 +173,25 @@ def reference_of(policy: Policy) -> Policy:
     if lora.adapted(policy.lm):
         return Unadapted(policy.lm, vocab_size=policy.vocab_size).eval()
     return Policy(copy.deepcopy(policy.lm), vocab_size=policy.vocab_size).requires_grad_(False).eval()
+
+
+def checkpoint_layers(policy: Policy) -> None:
+    """Keep each layer's input alone for the backward pass, which runs the layer again; the same gradients, exactly.
+
+    Wherever gradients are recorded, and not in train mode, as in transformers: that would bring dropout back.
+    """
+    layers = [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        kind = policy.lm.config.model_type
+        raise UserError(f"model.checkpointing: {kind} models have no layers that transformers can checkpoint")
+    for layer in layers:
+        layer.forward = partial(_again_in_backward, layer.forward)
+
+
+def _again_in_backward(forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **options)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def load(
