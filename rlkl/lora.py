@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from rlkl.errors import UserError
 
@@ -32,6 +33,10 @@ def adapt(lm: PreTrainedModel, *, r: int, alpha: float, targets: str | list[str]
     Nothing changes yet, since B = 0. UserError on layers that are not there.
     """
     peft = library(f"lora.r={r}")
+    names = [name for name, _ in lm.named_modules()]
+    if missing := [x for x in [*(targets if isinstance(targets, list) else []), *full]
+                   if not any(name.endswith(x) for name in names)]:
+        raise UserError(f"lora: no layer is named {missing[0]!r}; there is {', '.join(linear(lm))}, among others")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of A
         try:
@@ -39,15 +44,16 @@ def adapt(lm: PreTrainedModel, *, r: int, alpha: float, targets: str | list[str]
                 r=r, lora_alpha=alpha, target_modules=targets, modules_to_save=full or None, lora_dropout=0.0,
                 task_type="CAUSAL_LM", fan_in_fan_out=lm.config.model_type == "gpt2"))
         except ValueError as error:
-            names = {name.rpartition(".")[2] for name, m in lm.base_model.named_modules() if is_linear(m)}
-            raise UserError(f"lora.targets={targets!r}: choose all-linear, or a list from {', '.join(sorted(names))}"
-                            ) from error
+            choice = f"choose all-linear, or a list from {', '.join(linear(lm))}"
+            raise UserError(f"lora.targets={targets!r}: {choice}") from error
     if any(p.requires_grad for p in lm.get_output_embeddings().parameters()):
-        raise UserError(f"lora.targets={targets!r}: the unembedding stays frozen, leave it out")
+        raise UserError("lora: the unembedding stays frozen, leave it out of lora.targets and lora.full")
 
 
-def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's, transposed
+def linear(lm: PreTrainedModel) -> list[str]:
+    """The names of the layers that all-linear stands for."""
+    kinds = nn.Linear, Conv1D
+    return sorted({name.rpartition(".")[2] for name, m in lm.base_model.named_modules() if isinstance(m, kinds)})
 
 
 def library(what: str) -> Any:
@@ -108,4 +114,5 @@ def merged(lm: PreTrainedModel, folder: str) -> PreTrainedModel:
     """`lm`, the base of the adapter in `folder`, with W + alpha/r · B A for every W: an ordinary model again."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
-        return library("an adapter").PeftModel.from_pretrained(lm, folder).merge_and_unload()
+        found = library("an adapter").PeftModel.from_pretrained(lm, folder).merge_and_unload()
+    return found.requires_grad_(True)  # frozen while it was a base

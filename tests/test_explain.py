@@ -247,7 +247,8 @@ def of_the_step(cfg, rows, updates, cuda):
             "reference": policy * width if cfg.model.reference and not r else 0,
             "masters": moving * 4 if width == 2 else 0, "moments": 2 * (moving + value) * wide,
             "kv_cache": 2 * layers * d * width * sampled * (prompt + room),  # d = heads · 64
-            "choices": (2 * wide + 2 * 8) * sampled * vocab,  # logits and log-probs; two of float64
+            # logits and log-probs, two of float64; a float32 copy of the unembedding
+            "choices": (2 * wide + 2 * 8) * sampled * vocab + (4 * vocab * d if width == 2 else 0),
             "gradients": trained,
             "activations": activations_held(cfg, rows, prompt + room, width, layers, d, heads, mlp),
             "logits": logits_held(cfg, replied, vocab, wide, exact, cuda)}

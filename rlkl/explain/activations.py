@@ -19,7 +19,7 @@ LENGTHS = 16, 32  # of the rows that are counted
 
 
 class Kept(NamedTuple):
-    """Bytes of a row: of the inside of one layer, which a checkpointed one makes again, of its input, and of the rest."""
+    """Bytes of a row: of one layer's inside, which a checkpointed one makes again, of its input, and of the rest."""
 
     inside: float
     entry: float

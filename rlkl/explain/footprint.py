@@ -45,7 +45,7 @@ class Memory(NamedTuple):
     masters: int  # float32, of bf16 weights
     moments: int  # AdamW's two
     kv_cache: int
-    choices: int  # logits, probabilities and their sums while a token is sampled
+    choices: int  # while a token is sampled: logits, probabilities, their sums, a float32 copy of the unembedding
     gradients: int
     activations: int  # kept for the backward pass, and one layer more that is at work
     logits: int
@@ -115,7 +115,7 @@ def memory(cfg: Config, config: Any, longest: int, width: int, exact: bool, cuda
         reference=count.policy * width * (cfg.model.reference and not cfg.lora.r),
         masters=0 if away else masters, moments=0 if away else moments, host=masters + moments if away else 0,
         kv_cache=2 * text.num_hidden_layers * heads * head * width * sampled * length,
-        choices=(2 * wide + 16) * sampled * text.vocab_size,
+        choices=((2 * wide + 16) * sampled + 4 * text.hidden_size * (width == 2)) * text.vocab_size,
         gradients=trained,
         activations=activations(cfg, config, length, DTYPES[width]),
         logits=logits(cfg, replied, text.vocab_size, wide, exact, cuda))
@@ -210,7 +210,12 @@ def remedies(cfg: Config, longest: int) -> Iterator[tuple[str, Config]]:
     yield "model.checkpointing=true", replace(cfg, model=model)
     yield "optim.offload=true", replace(cfg, optim=replace(o, offload=True))
     yield f"optim.micro_tokens={micro}", replace(cfg, optim=replace(o, micro_tokens=micro))
-    yield "these together", replace(cfg, lora=lora, model=model, optim=replace(o, offload=True, micro_tokens=micro))
+    rows = cfg.sampling.prompts * cfg.sampling.group_size
+    few = max(rows // cfg.eval.samples, 1)  # as many replies at once as a rollout has
+    evaluation = replace(cfg.eval, prompts=min(few, cfg.eval.prompts))
+    yield f"eval.prompts={evaluation.prompts}", replace(cfg, eval=evaluation)
+    yield "these together", replace(cfg, lora=lora, model=model, eval=evaluation,
+                                    optim=replace(o, offload=True, micro_tokens=micro))
     sampling = replace(cfg.sampling, prompts=half)
     yield f"sampling.prompts={half}", replace(cfg, sampling=sampling, optim=replace(o, minibatch=None))
 
