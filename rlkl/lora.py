@@ -6,6 +6,7 @@ the adapter is switched off for runs on the same tensors as before it.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def adapt(lm: PreTrainedModel, *, r: int, alpha: float, targets: str | list[str]
             lm.add_adapter(peft.LoraConfig(
                 r=r, lora_alpha=alpha, target_modules=targets, modules_to_save=full or None, lora_dropout=0.0,
                 task_type="CAUSAL_LM", fan_in_fan_out=lm.config.model_type == "gpt2"))
-        except ValueError as error:
+        except (ValueError, re.error) as error:
             choice = f"choose all-linear, or a list from {', '.join(linear(lm))}"
             raise UserError(f"lora.targets={targets!r}: {choice}") from error
     if any(p.requires_grad for p in lm.get_output_embeddings().parameters()):
@@ -103,11 +104,12 @@ def restore(lm: PreTrainedModel, folder: Path) -> None:
     library("an adapter").set_peft_model_state_dict(lm, found)
 
 
-def base_of(name: str) -> str:
-    """The model that a folder in PEFT's format adapts; any other name is its own."""
+def chain_of(name: str) -> list[str]:
+    """The model that a folder in PEFT's format adapts, and the folder; any other name stands for itself."""
     if not (Path(name) / CONFIG).is_file():
-        return name
-    return library(f"model.name={name!r}, an adapter,").PeftConfig.from_pretrained(name).base_model_name_or_path
+        return [name]
+    settings = library(f"model.name={name!r}, an adapter,").PeftConfig.from_pretrained(name)
+    return [*chain_of(settings.base_model_name_or_path), name]
 
 
 def merged(lm: PreTrainedModel, folder: str) -> PreTrainedModel:
@@ -115,4 +117,5 @@ def merged(lm: PreTrainedModel, folder: str) -> PreTrainedModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
         found = library("an adapter").PeftModel.from_pretrained(lm, folder).merge_and_unload()
+    found.name_or_path = folder  # what an adapter of it will name as its base
     return found.requires_grad_(True)  # frozen while it was a base

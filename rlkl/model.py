@@ -202,12 +202,13 @@ def load(
     UserError on what is missing or not supported.
     """
     hf_logging.disable_progress_bar()
-    base = lora.base_of(name)
+    base, *adapters = lora.chain_of(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         found: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, output_loading_info=True)
         lm, report = found
-        lm = lora.merged(lm, name) if base != name else lm
+        for folder in adapters:
+            lm = lora.merged(lm, folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"model.name={name!r}: not a causal LM with a tokenizer, as a directory or a hub name: {first_line(error)}"
