@@ -225,6 +225,13 @@ def load(
     return policy.eval(), tokenizer  # eval from here on: dropout would make the ratio differ from 1 before any update
 
 
+def export(name: str, folder: str) -> None:
+    """Write a checkpoint as an ordinary Hugging Face directory in float32, a LoRA adapter merged into its base."""
+    policy, tokenizer = load(name)
+    policy.lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

@@ -13,14 +13,14 @@ from models import CONFIGS, VOCAB, causal_lm, forced, prompts, ragged, replies, 
 from rich.console import Console
 from runs_fixture import PPO, arguments, differences, make_base, resume, rows, run
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from rlkl import config, lora
 from rlkl.build import build
 from rlkl.errors import UserError
 from rlkl.logprobs import token_logprobs
-from rlkl.model import Policy, check_reproduced, checkpoint_layers, load, reference_of
+from rlkl.model import Policy, check_reproduced, checkpoint_layers, export, load, reference_of
 from rlkl.rollout import SAMPLERS
 from rlkl.types import Head
 
@@ -228,9 +228,10 @@ def test_a_checkpoint_loads_with_plain_peft_with_transformers_and_merged_with_lo
     torch.testing.assert_close(merged.lm(ids).logits, want, rtol=0, atol=2e-5)
     assert not lora.adapted(merged.lm)
     assert all(p.requires_grad for p in merged.lm.parameters())
-    merged.lm.save_pretrained(tmp_path / "export")  # an ordinary directory again, with no trace of PEFT
+    export(str(folder), str(tmp_path / "export"))  # an ordinary directory again, with no trace of PEFT
     assert not list((tmp_path / "export").glob("adapter*"))
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
+    assert AutoTokenizer.from_pretrained(tmp_path / "export")("1+2=").input_ids == tokenizer("1+2=").input_ids
     assert torch.equal(exported(ids).logits, merged.lm(ids).logits)
     again, _ = load(str(base))
     lora.adapt(again.lm, r=4, alpha=8, targets="all-linear", full=full, seed=9)
