@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,20 +14,21 @@ from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlkl import tiny
+from rlkl import lora, tiny
 from rlkl.advantages import ADVANTAGES
 from rlkl.algorithm import algorithm, reads_old
 from rlkl.config import resolve
 from rlkl.errors import UserError
 from rlkl.explain import traps
+from rlkl.explain.footprint import plan
 from rlkl.kl import KL, KL_LOSSES, KL_OLD_LOSSES
 from rlkl.losses import LOSSES, SELECTORS
-from rlkl.model import Policy, encode, first_line, load, reference_of, sampling_rule
+from rlkl.model import Policy, checkpoint_layers, encode, first_line, load, reference_of, sampling_rule
 from rlkl.optim import Optimizer
 from rlkl.rewards import REWARDS, Reward, from_task, with_overlong
 from rlkl.rollout import SAMPLERS
 from rlkl.schema import Config
-from rlkl.seeds import draw
+from rlkl.seeds import draw, stream
 from rlkl.tasks import TASKS
 from rlkl.types import Batch, Evaluation, Example, Sampling
 
@@ -88,16 +89,24 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
     if cfg.overlong.buffer:
         reward = with_overlong(reward, cfg.sampling.max_new_tokens, cfg.overlong.buffer, cfg.overlong.coef)
 
+    for line in plan(cfg, chosen.exact, device, task):
+        console.print(escape(line))
     name = str(base_model(console)) if cfg.model.name == "tiny" else cfg.model.name
     dtype = dtype_of(cfg, device)
     policy, tokenizer = load(name, critic=cfg.model.critic, device=device, dtype=dtype)
+    if cfg.lora.r:
+        lora.adapt(policy.lm, **asdict(cfg.lora), seed=stream(cfg.seed, 0, "LoRA"))
     reference = reference_of(policy) if cfg.model.reference else None
     exact = reference if chosen.exact else None
-    if start is not None:
+    if start is not None and cfg.lora.r:
+        lora.restore(policy.lm, start)
+    elif start is not None:
         policy, _ = load(str(start), critic=cfg.model.critic, device=device, dtype=dtype)
+    if cfg.model.checkpointing:
+        checkpoint_layers(policy)
     lrs = {"policy": cfg.optim.lr, "critic": cfg.optim.critic_lr}
     optimizer = Optimizer(policy.parameter_groups(), lrs, betas=cfg.optim.betas, weight_decay=cfg.optim.weight_decay,
-                          max_grad_norm=cfg.optim.max_grad_norm)
+                          max_grad_norm=cfg.optim.max_grad_norm, offload=cfg.optim.offload)
 
     heldout = draw(range(len(heldout_task)), min(cfg.eval.prompts, len(heldout_task)), seed=0, step=0)
     for each in filter(None, (policy, reference)):

@@ -50,8 +50,22 @@ class Model:
     """keep a frozen copy of the first policy: needed by kl_ref, and to meter the drift"""
     logprobs: Literal["auto", "reference", "tiled", "fused"] = "auto"
     """how log-probs are taken: from all logits at once, in tiles, in tiles with Triton on cuda; auto by their size"""
+    checkpointing: bool = False
+    """keep only each layer's input for the backward pass, which runs the layer again: less memory, more time"""
     keep_logits_gb: NonNegativeFloat = 0.0
     """GB of logits kept from forward to backward by tiled and fused, which then make them once and not twice"""
+
+
+@dataclass(config=STRICT)
+class Lora:
+    r: NonNegativeInt = 0
+    """rank of a LoRA adapter, which is then all of the policy that is trained; 0 = off, every weight is"""
+    alpha: PositiveFloat = 32.0
+    """the adapter's output is scaled by alpha / r"""
+    targets: str | list[str] = "all-linear"
+    """layers it stands beside: all-linear (all but the unembedding), a list of names, or a regular expression"""
+    full: list[str] = field(default_factory=list)
+    """layers that are trained themselves, by the end of their name, such as model.norm"""
 
 
 @dataclass(config=STRICT)
@@ -152,6 +166,8 @@ class Optim:
     """of AdamW"""
     weight_decay: NonNegativeFloat = 0.0
     """of AdamW"""
+    offload: bool = False
+    """AdamW, its moments and float32 masters in the CPU's memory: 8 bytes a weight less on the device, 12 of bf16"""
     max_skips: PositiveInt = 5
     """consecutive updates with a non-finite gradient after which the run gives up"""
 
@@ -197,6 +213,7 @@ class Config:
     resume: str | None = None
     """folder of a run to continue, bit for bit"""
     model: Model = field(default_factory=Model)
+    lora: Lora = field(default_factory=Lora)
     task: Plugin = plugin("addition")
     """prompts and their judge"""
     reward: Plugin | None = None

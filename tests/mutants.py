@@ -269,6 +269,13 @@ MUTANTS = [
       "device)", "mask = ids != pad_id", "mutants_holes", "tiny-grpo: the mask read off the ids"),
     M("rlkl/model.py", "return tokenizer(prompt).input_ids", "return tokenizer(prompt).input_ids[:24]",
       "mutants_holes", "lm-human-preference-details: prompts cut to another length"),
+    M("rlkl/model.py", "return checkpoint(forward, *args,", "return checkpoint(forward, *(x.detach() for x in args),",
+      "memory"),
+    M("rlkl/lora.py", "layer.enable_adapters(False)", "layer.enable_adapters(True)", "lora"),
+    M("rlkl/lora.py", "for layer in layers:  # one by one", "for layer in layers[:1]:  # one by one", "lora",
+      "transformers: layers trained beside an adapter are frozen once it was off"),
+    M("rlkl/lora.py", "return found.requires_grad_(True)", "return found", "lora"),
+    M("rlkl/lora.py", "torch.manual_seed(seed)", "torch.manual_seed(0)", "lora"),
     # rollout
     M("rlkl/rollout/naive.py", "append((token, alive,", "append((token, alive & ~torch.isin(token, eos),", "rollout",
       "nanochat, tiny-grpo, simple_GRPO: the EOS is not learned"),
@@ -343,7 +350,7 @@ MUTANTS = [
     M("rlkl/rollout/engine.py", "key=lambda n: -len(prompts[n])", "key=lambda n: n", "engine"),
     M("rlkl/rollout/engine.py", "min(slots, rows, self.affordable(room, max_kv_gb))", "min(slots, rows)", "engine"),
     # optimizer
-    M("rlkl/optim.py", "p if p.dtype in (torch.float32, torch.float64) else", "p if True else", "optim",
+    M("rlkl/optim.py", "if wide == p.dtype and not offload:", "if not offload:", "optim",
       "tiny-grpo, rlhf-book: Adam on bf16 weights"),
     M("rlkl/optim.py", "clip_grad_norm_(ps, self.max_grad_norm)", "clip_grad_norm_(ps, math.inf)", "optim",
       "nanochat, TRL PPO: no gradient clipping"),
