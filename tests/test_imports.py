@@ -31,7 +31,7 @@ MAY_IMPORT = {  # module or package → what of ours it may import, itself aside
     "model": {"errors", "logprobs", "types"},
     "rollout": {"errors", "model", "types", "kernels"},
     "tasks": {"errors", "types"},
-    "rewards": {"errors", "model", "types"},
+    "rewards": {"config", "errors", "model", "types"},
     "preflight": {"errors", "losses", "rewards", "types"},
     "algorithm": {"advantages", "config", "errors", "kl", "losses", "preflight", "schema", "types"},
     "explain": {"algorithm", "config", "errors", "kl", "logprobs", "losses", "model", "rewards", "schema", "tasks",
@@ -47,6 +47,7 @@ ONLY = {  # library → the modules that may import it
     "pydantic": {"schema", "config"},
     "rich": {"terminal", "build", "cli"},
     "matplotlib": {"report"},
+    "pebble": {"rewards/pool"},
 }
 
 
