@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
@@ -37,10 +38,7 @@ class Pool:
     def run(self, function: Callable[..., Any], calls: Sequence[tuple]) -> list[Any]:
         """function(*call) of each call; a Failure where it took too long or ended its process. UserError is raised."""
         if self.pool is None:
-            context = multiprocessing.get_context("forkserver")
-            ours = [name for name in sys.modules if name.startswith("rlkl.")]
-            context.set_forkserver_preload(ours)  # imported once: each worker runs the main module of the run again
-            self.pool = ProcessPool(self.processes, initializer=started, initargs=self.start, context=context)
+            self.pool = ProcessPool(self.processes, initializer=started, initargs=self.start, context=fork_server())
         seconds = self.seconds
         futures = [self.pool.schedule(guarded, (seconds, function, *call), timeout=seconds) for call in calls]
         return [self.result(future) for future in futures]
@@ -65,6 +63,19 @@ class Pool:
             self.pool.stop()
             self.pool.join()
         self.pool = None
+
+
+def fork_server() -> Any:
+    """The context of a process that finds the modules this one finds, and has imported ours once for all workers."""
+    context, before = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONPATH")
+    context.set_forkserver_preload([name for name in sys.modules if name.startswith("rlkl.")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        os.environ |= {} if before is None else {"PYTHONPATH": before}
+    return context
 
 
 def started(begin: Callable[[], None], memory: int) -> None:
