@@ -58,10 +58,9 @@ def grpo(rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_size: in
     scale = batch divides by the std over the whole rollout instead (Liu et al. 2025, arXiv:2508.08221).
     """
     returns, centred, there = _centred(rewards, mask, group_size)
-    around, axes = (centred, 1) if scale == "group" else (returns - returns[there].mean(), (0, 1))
-    size = there.sum(axes, keepdim=True)
-    std = around.masked_fill(~there, 0.0).std(axes, correction=0, keepdim=True)
-    std = std * (there.numel() / size.numel() / (size - 1).clamp_min(1)).sqrt()
+    around, axes = (centred, 1) if scale == "group" else ((returns - returns[there].mean()) * there, (0, 1))
+    size = there.sum(axes, keepdim=True, dtype=returns.dtype)
+    std = around.std(axes, correction=0, keepdim=True) * (there.numel() / size.numel() / (size - 1).clamp_min(1)).sqrt()
     return _spread(centred / (std + 1e-6), mask), None
 
 

@@ -1,4 +1,4 @@
-"""The pool: a function that hangs, exits, hogs or breaks costs its own reply and the time limit, and nothing is left."""
+"""The pool: a function that hangs, exits, hogs or breaks costs its own reply and its time, and nothing is left."""
 
 import os
 import signal
@@ -59,7 +59,8 @@ def f(example, reply):
 '''
 BAD = {"hangs": "took longer than scoring.seconds=1", "exits": "raised SystemExit", "ends": "ended its process",
        "ends well": "", "hogs": "raised MemoryError", "recurses": "raised RecursionError",
-       "says much": "gave no number but a str", "cannot be told": "raised Mute", "cannot be pickled": "gave no number but a lock",
+       "says much": "gave no number but a str", "cannot be told": "raised Mute",
+       "cannot be pickled": "gave no number but a lock",
        "cannot be unpickled": "raised Odd"}
 
 
@@ -89,20 +90,21 @@ def test_every_kind_of_bad_reply_fails_alone_in_time_and_the_pool_goes_on(hostil
     assert scores.tolist() == [-1.0 if reply in BAD else len(reply) for reply in replies]
     assert parts["failed"].tolist() == [float(reply in BAD) for reply in replies]
     for reply, words in BAD.items():
-        assert any(words in line for line in hostile.said), reply
+        assert any(words in line for line in hostile.said), (reply, hostile.said)
     assert all(line.isprintable() and len(line) < 600 for line in hostile.said)
     assert judged(hostile.mine, ["good"] * 40)[0].tolist() == [4.0] * 40
 
 
 def test_text_that_means_harm_is_only_text(hostile):
-    replies = ["9" * 100_000, "9**9**9**9", "{0.__class__.__mro__}%s%n", "__import__('os').system('exit')", "\x00\x1b[2J\r",
-               "\ud800\udfff", ""]
+    replies = ["9" * 100_000, "9**9**9**9", "{0.__class__.__mro__}%s%n", "__import__('os').system('exit')",
+               "\x00\x1b[2J\r", "\ud800\udfff", ""]
     assert judged(hostile.mine, replies)[0].tolist() == [float(len(reply)) for reply in replies]
     assert not hostile.said
 
 
 def test_a_trl_function_that_hangs_fails_every_reply_of_its_call_and_not_of_the_next(tmp_path):
-    (tmp_path / "mine.py").write_text("import time\ndef f(completions, **kwargs):\n    time.sleep(60 * ('hangs' in completions))\n"
+    (tmp_path / "mine.py").write_text("import time\ndef f(completions, **kwargs):\n"
+                                      "    time.sleep(60 * ('hangs' in completions))\n"
                                       "    return [1.0] * len(completions)\n")
     with Scoring(1, LIMIT, failed=0.0, memory_gb=4.0, steps=1, say=lambda line: None) as scoring:
         reward = scoring.reward({"name": f"{tmp_path}/mine.py:f"})
@@ -111,7 +113,8 @@ def test_a_trl_function_that_hangs_fails_every_reply_of_its_call_and_not_of_the_
 
 
 def test_the_number_of_processes_changes_no_score(tmp_path):
-    (tmp_path / "mine.py").write_text("import random\ndef f(example, reply):\n    return random.random() + len(reply)\n")
+    (tmp_path / "mine.py").write_text("import random\ndef f(example, reply):\n"
+                                      "    return random.random() + len(reply)\n")
     found = []
     for processes in (0, 1, 3):
         with Scoring(processes, 20.0, failed=0.0, memory_gb=4.0, steps=1, say=print) as scoring:
@@ -124,7 +127,8 @@ def test_the_number_of_processes_changes_no_score(tmp_path):
 def test_a_task_from_a_file_is_judged_in_the_pool_by_the_instance_of_the_worker(tmp_path):
     (tmp_path / "mine.py").write_text("import os\nclass Task:\n    def __init__(self, split, *, bonus=1.0):\n"
                                       "        self.bonus, self.process = bonus, os.getpid()\n"
-                                      "    def score(self, example, reply):\n        return self.bonus * (self.process == os.getpid()) + 10 * (os.getpid() % 1)\n"
+                                      "    def score(self, example, reply):\n"
+                                      "        return self.bonus * (self.process == os.getpid())\n"
                                       "def process(example, reply):\n    return os.getpid()\n")
     spec = {"name": f"{tmp_path}/mine.py:Task", "bonus": 0.5}
     with Scoring(1, 20.0, failed=0.0, memory_gb=4.0, steps=1, say=print) as scoring:
@@ -165,7 +169,8 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(("how", "number"), [("raises", None), ("hangs", signal.SIGINT)])
 def test_no_process_is_left_after_an_exception_or_an_interrupt(tmp_path, how, number):
     (tmp_path / "mine.py").write_text("import os\nfrom pathlib import Path\ndef f(example, reply):\n"
-                                      "    Path(f'pid-{os.getpid()}').touch()\n    while reply == 'hangs':\n        pass\n    return 1.0\n")
+                                      "    Path(f'pid-{os.getpid()}').touch()\n"
+                                      "    while reply == 'hangs':\n        pass\n    return 1.0\n")
     (tmp_path / "main.py").write_text(RUN)
     run = subprocess.Popen([sys.executable, "main.py", how], cwd=tmp_path, stderr=subprocess.DEVNULL,
                            env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)

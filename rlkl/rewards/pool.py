@@ -24,6 +24,9 @@ class Failure(str):
     """Why there is no result, in words."""
 
 
+LOST = object()  # a worker ended, and it is not known in which call: the pool is no good any more
+
+
 class Pool:
     """`processes` workers, started with the first call and again whenever one ends. close() ends them all.
 
@@ -37,11 +40,21 @@ class Pool:
 
     def run(self, function: Callable[..., Any], calls: Sequence[tuple]) -> list[Any]:
         """function(*call) of each call; a Failure where it took too long or ended its process. UserError is raised."""
+        results = self.attempt(function, calls)
+        for i, call in enumerate(calls):
+            if results[i] is LOST:
+                (results[i],) = self.attempt(function, [call])
+        return [Failure("ended its process") if result is LOST else result for result in results]
+
+    def attempt(self, function: Callable[..., Any], calls: Sequence[tuple]) -> list[Any]:
         if self.pool is None:
             self.pool = ProcessPool(self.processes, initializer=started, initargs=self.start, context=fork_server())
         seconds = self.seconds
         futures = [self.pool.schedule(guarded, (seconds, function, *call), timeout=seconds) for call in calls]
-        return [self.result(future) for future in futures]
+        results = [self.result(future) for future in futures]
+        if LOST in results:
+            self.close()
+        return results
 
     def result(self, future: Any) -> Any:
         try:
@@ -52,9 +65,8 @@ class Pool:
             return Failure(f"took longer than scoring.seconds={self.seconds:g}")
         except ProcessExpired as error:
             return Failure(f"ended its process: code {error.exitcode}")
-        except BrokenProcessPool:  # a worker ended while no call was known to be its own: the next call has a new pool
-            self.close()
-            return Failure("ended its process")
+        except BrokenProcessPool:
+            return LOST
         except Exception as error:  # such as an example that cannot be pickled
             return Failure(f"cannot be run in a process: {type(error).__name__}: {error}"[:300])
 

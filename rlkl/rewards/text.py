@@ -136,9 +136,9 @@ def score(text: Text, rows: Sequence[Row], trainer_state: SimpleNamespace) -> li
         random.seed(zlib.crc32(f"{trainer_state.global_step} {some[0].reply!r}".encode()))  # whichever worker it is
         try:
             values += [checked(value) for value in text.call(text.function, some, trainer_state)]
-        except UserError:
+        except (UserError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:  # somebody else's code may fail in any way
+        except BaseException as error:  # somebody else's code may fail in any way
             values += [raised(error)] * len(some)
     return values
 
