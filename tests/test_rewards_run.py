@@ -23,7 +23,8 @@ def correctness(prompts, completions, answer, **kwargs):
 def only_small(completions, prompts, trainer_state, **kwargs):
     """Not applicable to some prompts, as in TRL's multi-task example; and it knows where training is."""
     assert trainer_state.global_step < trainer_state.max_steps
-    return [float(len(c)) + trainer_state.global_step if p[0] in "01234" else None for p, c in zip(prompts, completions)]
+    at = trainer_state.global_step
+    return [float(len(c)) + at if p[0] in "01234" else None for p, c in zip(prompts, completions)]
 
 async def remote(completions, completion_ids, **kwargs):
     async def one(ids):
@@ -66,7 +67,8 @@ def test_a_list_with_weights_is_reported_by_part_and_resumes(base, here):  # noq
         train.train(train.runs.configure([f"resume={folder}", "optim.steps=5"]), [])
 
 
-@pytest.mark.parametrize("extra", [(), ("sampling.unanimous=drop",), ("advantage=gae", "loss=ppo", "model.critic=head")])
+@pytest.mark.parametrize(
+    "extra", [(), ("sampling.unanimous=drop",), ("advantage=gae", "loss=ppo", "model.critic=head")])
 def test_a_step_in_which_no_reply_has_a_score_changes_nothing_and_ends_nothing(base, here, extra):  # noqa: F811
     (here / "trl.py").write_text(TRL)
     folder = run(base, *FAST, "scoring.processes=0", "reward=trl.py:nobody", "kl_ref.coef=0", *extra, "run=out")

@@ -46,9 +46,11 @@ def test_a_trl_function_is_called_once_by_keyword_with_the_columns_of_the_datase
 
 
 def test_a_chat_prompt_gives_completions_as_messages(tmp_path):
-    source = "def f(prompts, completions, **kwargs):\n    return [len(c[0]['content']) + len(c) + len(p) for c, p in zip(completions, prompts)]\n"
+    source = ("def f(prompts, completions, **kwargs):\n"
+              "    return [len(c[0]['content']) + len(c) + len(p) for c, p in zip(completions, prompts)]\n")
     assert numbers(values(source, tmp_path, [Row(Example(CHAT, "4"), "four")])) == [6.0]
-    source = "def f(completions, **kwargs):\n    return [c == [{'role': 'assistant', 'content': 'four'}] for c in completions]\n"
+    source = ("def f(completions, **kwargs):\n"
+              "    return [c == [{'role': 'assistant', 'content': 'four'}] for c in completions]\n")
     assert numbers(values(source, tmp_path, [Row(Example(CHAT, "4"), "four")])) == [1.0]
 
 
@@ -59,11 +61,13 @@ def test_none_is_not_applicable_and_an_async_function_is_awaited(tmp_path):
 
 
 def test_a_function_of_the_token_ids_alone_is_a_trl_function(tmp_path):
-    assert numbers(values("def f(completion_ids, **kwargs):\n    return [len(x) for x in completion_ids]\n", tmp_path)) == [2, 3]
+    source = "def f(completion_ids, **kwargs):\n    return [len(x) for x in completion_ids]\n"
+    assert numbers(values(source, tmp_path)) == [2, 3]
 
 
 def test_a_function_takes_what_it_names_and_an_option_is_a_keyword_with_a_default(tmp_path):
-    source = "def f(completions, *, answer, scale=2.0):\n    return [scale * (a == c) for a, c in zip(answer, completions)]\n"
+    source = ("def f(completions, *, answer, scale=2.0):\n"
+              "    return [scale * (a == c) for a, c in zip(answer, completions)]\n")
     assert numbers(values(source, tmp_path)) == [2.0, 0.0]
     assert numbers(values(source, tmp_path, scale=3)) == [3.0, 0.0]
     with pytest.raises(UserError, match="has no option 'answer'; it takes scale"):
@@ -92,7 +96,9 @@ def test_a_verl_function_gets_the_answer_and_the_rest_of_the_row(tmp_path):
 
 
 def test_a_plain_function_scores_an_example_and_a_reply_perhaps_in_parts(tmp_path):
-    found = values("def f(example, reply, *, bonus=1.0):\n    return {'right': reply == example.answer, 'short': bonus * (len(reply) < 2)}\n", tmp_path, bonus=0.25)
+    source = ("def f(example, reply, *, bonus=1.0):\n"
+              "    return {'right': reply == example.answer, 'short': bonus * (len(reply) < 2)}\n")
+    found = values(source, tmp_path, bonus=0.25)
     assert found == [{"right": 1.0, "short": 0.25}, {"right": 0.0, "short": 0.0}]
     scores, parts = summed(found, failed=0.0)
     assert scores == [1.25, 0.0]
@@ -114,7 +120,8 @@ def test_a_reward_that_takes_the_batch_is_no_text_reward(tmp_path):
     ("return 10 ** 5000", "gave no number but a int: too long to show"),
     ("return 'x' * 10**7", "gave no number but a str: 'xxxxxxxxxxxx...xxxxxxxxxxxxx'"),
     ("return f(example, reply)", "raised RecursionError: 'maximum recursion depth"),
-    ("class Mute(Exception):\n        def __str__(self):\n            raise ValueError\n    raise Mute", "raised Mute: 'its message cannot be read'"),
+    ("class Mute(Exception):\n        def __str__(self):\n            raise ValueError\n    raise Mute",
+     "raised Mute: 'its message cannot be read'"),
     ("raise ValueError('\\ud800\\x1b[2J')", "raised ValueError: '\\ud800\\x1b[2J'"),
 ])
 def test_whatever_a_function_does_to_one_reply_is_said_in_plain_words_and_hurts_no_other(tmp_path, body, says):
@@ -128,13 +135,15 @@ def test_whatever_a_function_does_to_one_reply_is_said_in_plain_words_and_hurts_
 
 @pytest.mark.parametrize(("body", "says"), [
     ("return [1.0]", "raised ValueError: 'it gave 1 scores for 2 completions'"),
-    ("return 1.0", "raised TypeError: 'it gave a float, not a list'"), ("raise OSError('down')", "raised OSError: 'down'")])
+    ("return 1.0", "raised TypeError: 'it gave a float, not a list'"),
+    ("raise OSError('down')", "raised OSError: 'down'")])
 def test_a_trl_function_that_fails_as_a_whole_fails_on_every_reply(tmp_path, body, says):
     assert values(f"def f(completions, **kwargs):\n    {body}\n", tmp_path) == [says, says]
 
 
 def test_a_trl_function_that_gives_one_bad_value_fails_on_that_reply_alone(tmp_path):
-    found = values("import torch\ndef f(completions, **kwargs):\n    return torch.tensor([1.0, float('nan')])\n", tmp_path)
+    source = "import torch\ndef f(completions, **kwargs):\n    return torch.tensor([1.0, float('nan')])\n"
+    found = values(source, tmp_path)
     assert found[0] == {"score": 1.0}
     assert found[1].startswith("gave no number")
 
@@ -183,7 +192,7 @@ def test_a_nan_that_is_not_a_none_is_an_error_also_within_a_sum(batch):
     def broken(examples, replies, batch):
         return torch.tensor([0.0, float("nan")]), {}
 
-    with pytest.raises(UserError, match="^the reward broken gave nan for the reply 'five' to '2"):
+    with pytest.raises(UserError, match=r"^the reward broken gave nan for the reply 'five' to '2"):
         total(("a", 1.0, constant(1.0, 1.0)), ("b", 1.0, broken), batch=batch)
 
 
@@ -197,7 +206,8 @@ def test_repetition_is_the_share_of_n_grams_that_came_before():
 
 
 def scoring(processes=0, said=None):
-    return Scoring(processes, seconds=5.0, failed=-1.0, memory_gb=4.0, steps=10, say=(said if said is not None else []).append)
+    said = [] if said is None else said
+    return Scoring(processes, seconds=5.0, failed=-1.0, memory_gb=4.0, steps=10, say=said.append)
 
 
 def test_a_list_of_sections_is_summed_by_its_weights_and_failures_are_counted_and_shown_once(tmp_path, batch):
@@ -225,7 +235,7 @@ def test_one_section_without_a_weight_is_the_reward_itself(batch):
 
 
 def test_a_name_that_does_not_exist_names_the_choices():
-    with pytest.raises(UserError, match="reward.name='nope': choose repetition, task, file.py:function"):
+    with pytest.raises(UserError, match=r"reward.name='nope': choose repetition, task, file.py:function"):
         assemble([{"name": "nope"}], constant(), scoring())
 
 
