@@ -26,6 +26,7 @@ from rlkl.losses import LOSSES, SELECTORS
 from rlkl.model import Policy, checkpoint_layers, encode, first_line, load, reference_of, sampling_rule
 from rlkl.optim import Optimizer
 from rlkl.rewards import REWARDS, Reward, from_task, with_overlong
+from rlkl.rewards.scoring import Scoring, assemble
 from rlkl.rollout import SAMPLERS
 from rlkl.schema import Config
 from rlkl.seeds import draw, stream
@@ -34,8 +35,8 @@ from rlkl.types import Batch, Evaluation, Example, Sampling
 
 T = TypeVar("T")
 TABLES = {  # what an option may name
-    "task": TASKS, "sampling.backend": SAMPLERS, "advantage": ADVANTAGES, "selector": SELECTORS, "loss": LOSSES,
-    "kl_ref.estimator": KL | KL_LOSSES, "kl_old.estimator": KL_OLD_LOSSES,
+    "task": TASKS, "reward": REWARDS, "sampling.backend": SAMPLERS, "advantage": ADVANTAGES, "selector": SELECTORS,
+    "loss": LOSSES, "kl_ref.estimator": KL | KL_LOSSES, "kl_old.estimator": KL_OLD_LOSSES,
 }
 
 
@@ -52,6 +53,7 @@ class Parts:
     rule: Sampling
     sampler: Callable[..., Batch]
     reward: Reward
+    scoring: Scoring  # the processes that score text; to be closed
     advantage: Callable[..., tuple[Tensor, Tensor | None]]
     selector: Callable[[Batch, Tensor], Tensor] | None
     loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
@@ -85,7 +87,13 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
         console.print(f"[yellow]note:[/] {escape(trap)}")
     make_task = resolve(cfg.task, TASKS, "task")
     task, heldout_task = make_task("train"), make_task("heldout")
-    reward = resolve(cfg.reward, REWARDS, "reward") if cfg.reward else from_task(task.score)
+    scoring = Scoring(**asdict(cfg.scoring), steps=cfg.optim.steps, say=lambda line: console.print(
+        f"[yellow]note:[/] {escape(line)}"))
+    reward, score = from_task(task.score), task.score
+    if cfg.task["name"] not in TASKS:  # somebody else's code
+        reward, score = scoring.task(cfg.task, task.score)
+    if cfg.reward:
+        reward = assemble(cfg.reward if isinstance(cfg.reward, list) else [cfg.reward], reward, scoring)
     if cfg.overlong.buffer:
         reward = with_overlong(reward, cfg.sampling.max_new_tokens, cfg.overlong.buffer, cfg.overlong.coef)
 
@@ -115,10 +123,11 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
     return Parts(
         policy, reference, exact, partial(chunks, reference=exact), tokenizer, optimizer,
         sampling_rule(policy, tokenizer, cfg.sampling.temperature),
-        sampler, reward, chosen.advantage, chosen.selector, chosen.loss, chosen.kl_ref, chosen.kl_old, reads_old(cfg),
+        sampler, reward, scoring, chosen.advantage, chosen.selector, chosen.loss, chosen.kl_ref, chosen.kl_old,
+        reads_old(cfg),
         train=that_fit(cfg, policy, tokenizer, [task[i] for i in range(len(task))], "train", console),
         heldout=that_fit(cfg, policy, tokenizer, [heldout_task[i] for i in heldout], "held-out", console),
-        solved=partial(solved, task.score), grade=partial(judged, "grade", getattr(task, "grade", lambda *_: {})))
+        solved=partial(solved, score), grade=partial(judged, "grade", getattr(task, "grade", lambda *_: {})))
 
 
 def solved(score: Callable[[Example, str], float | dict[str, float]], example: Example, reply: str) -> bool:

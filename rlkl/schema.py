@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import field
 from typing import Annotated, Any, Literal, Self
 
@@ -27,6 +28,17 @@ PLUGINS = {"task", "reward", "backend", "advantage", "selector", "loss"}
 def named(section: Any) -> Any:
     if section is not None and not (isinstance(section, dict) and isinstance(section.get("name"), str)):
         raise ValueError("give a name, or {name: ..., option: ...}")
+    return section
+
+
+def rewards(section: Any) -> Any:
+    """One plug-in or a list of them, each with a `weight` of its own."""
+    if section == []:
+        raise ValueError("an empty list; give a name, {name: ..., weight: ..., option: ...}, or a list of these")
+    for each in section if isinstance(section, list) else [section]:
+        weight = (named(each) or {}).get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(f"weight={weight!r} is no number")
     return section
 
 
@@ -94,6 +106,18 @@ class Overlong:
     """tokens before sampling.max_new_tokens over which a reply's score falls; 0 = off"""
     coef: NonNegativeFloat = 1.0
     """how far it falls"""
+
+
+@dataclass(config=STRICT)
+class Scoring:
+    processes: NonNegativeInt | None = None
+    """that score text by code from a file; by default one per CPU, at most 8; 0 = none, and no limits"""
+    seconds: PositiveFloat = 10.0
+    """for a reply, or for a call that judges all replies of a step (TRL's)"""
+    memory_gb: PositiveFloat = 4.0
+    """that each process may take"""
+    failed: float = 0.0
+    """score of a reply whose scoring takes longer, raises or gives no finite number"""
 
 
 @dataclass(config=STRICT)
@@ -216,8 +240,9 @@ class Config:
     lora: Lora = field(default_factory=Lora)
     task: Plugin = plugin("addition")
     """prompts and their judge"""
-    reward: Plugin | None = None
-    """file.py:function; by default the task's score"""
+    reward: Annotated[dict[str, Any] | list[dict[str, Any]] | None, BeforeValidator(rewards)] = None
+    """one, or a list whose weighted sum counts; task = the task's own score, which is the default"""
+    scoring: Scoring = field(default_factory=Scoring)
     sampling: Sampling = field(default_factory=Sampling)
     truncation: Literal["terminal", "bootstrap", "mask"] = "terminal"
     """a reply that ran out of room: is over, is worth gamma V(s_T) more, or is not trained on"""

@@ -32,7 +32,7 @@ MAY_IMPORT = {  # module or package → what of ours it may import, itself aside
     "model": {"errors", "logprobs", "lora", "types"},
     "rollout": {"errors", "model", "types", "kernels"},
     "tasks": {"errors", "types"},
-    "rewards": {"errors", "model", "types"},
+    "rewards": {"config", "errors", "model", "types"},
     "preflight": {"errors", "losses", "rewards", "types"},
     "algorithm": {"advantages", "config", "errors", "kl", "losses", "preflight", "schema", "types"},
     "explain": {"algorithm", "config", "errors", "kl", "logprobs", "lora", "losses", "model", "rewards", "schema",
@@ -52,6 +52,7 @@ ONLY = {  # library → the modules that may import it
     "datasets": {"tasks/hub"},
     "math_verify": {"tasks/mathematics"},
     "reasoning_gym": {"tasks/gym"},
+    "pebble": {"rewards/pool"},
 }
 
 
