@@ -10,6 +10,8 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from rlkl.errors import UserError
+from rlkl.rewards.feedback import principle_judge
+from rlkl.rewards.models import reward_model
 from rlkl.types import Batch, Example
 
 Reward = Callable[[Sequence[Example], Sequence[str], Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -85,4 +87,4 @@ def overlong(mask: Tensor, max_tokens: int, buffer: int) -> Tensor:
     return (max_tokens - buffer - mask.sum(1)).clamp(max=0) / buffer
 
 
-REWARDS: dict[str, Reward] = {}
+REWARDS: dict[str, Callable] = {"judge": principle_judge, "reward_model": reward_model}

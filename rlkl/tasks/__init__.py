@@ -2,5 +2,6 @@
 
 from rlkl.tasks.addition import Addition
 from rlkl.tasks.jsonl import Jsonl
+from rlkl.tasks.reviews import Reviews
 
-TASKS = {"addition": Addition, "jsonl": Jsonl}
+TASKS = {"addition": Addition, "jsonl": Jsonl, "reviews": Reviews}
