@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +79,8 @@ def reply_text(reply: object, where: str) -> str:
 def split(pairs: list[Pair], heldout: float, path: str) -> tuple[list[Pair], list[Pair]]:
     """Train and held out, by a hash of the prompt: no prompt is on both sides. UserError where one is empty."""
     def share(pair: Pair) -> float:
-        return zlib.crc32(json.dumps(pair.prompt, sort_keys=True).encode()) / 2**32
+        text = json.dumps(pair.prompt, sort_keys=True).encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest()) / 2**32
 
     sides = [p for p in pairs if share(p) >= heldout], [p for p in pairs if share(p) < heldout]
     for side, name in zip(sides, ("training", "held-out"), strict=True):
