@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from rlkl.errors import UserError
 from rlkl.log import RunLog
@@ -41,7 +40,7 @@ class Item(NamedTuple):
 Objective = Callable[[list[Item]], tuple[Tensor, dict[str, Tensor]]]  # n items → (n,) losses, {name: (n,)} measures
 
 
-def item_of(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], replies: Sequence[str],
+def item_of(tokenizer: Any, prompt: str | list[dict], replies: Sequence[str],
             truncated: Sequence[bool] = ()) -> Item:
     """Text → token ids. A reply that was finished ends with the EOS, an action like any other.
 

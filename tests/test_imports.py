@@ -23,7 +23,11 @@ MAY_IMPORT = {  # module or package → what of ours it may import, itself aside
     "mismatch": {"types"},
     "metrics": {"types"},
     "schema": {"errors"},
+    "schema_supervised": {"schema"},
     "config": {"errors", "schema"},
+    "preferences": {"errors"},
+    "supervised": {"errors", "log", "model", "optim", "schema_supervised", "seeds", "terminal", "types"},
+    "scratch": {"schema_supervised", "tiny"},
     "terminal": set(),
     "tiles": {"kernels", "types"},
     "logprobs": {"types", "kernels", "tiles"},
@@ -39,12 +43,12 @@ MAY_IMPORT = {  # module or package → what of ours it may import, itself aside
     "runs": {"config", "errors", "schema"},
 }
 ONLY = {  # library → the modules that may import it
-    "transformers": {"model", "rollout/engine", "rewards/models", "tiny", "build", "explain/tabular",
+    "transformers": {"model", "rollout/engine", "rewards/models", "tiny", "scratch", "build", "explain/tabular",
                      "explain/footprint"},
     "triton": {"kernels/logits"},
     "wandb": {"log"},
     "yaml": {"config", "runs"},
-    "pydantic": {"schema", "config"},
+    "pydantic": {"schema", "schema_supervised", "config"},
     "rich": {"terminal", "build", "cli"},
     "matplotlib": {"report"},
 }

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.markup import escape
-from transformers import PreTrainedTokenizerBase
 
 from rlkl.build import dtype_of, pick_device
 from rlkl.cli.common import configure, model_name
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     console.print(escape(f"  {str(first.prompt)[:60]!r}: {first.chosen[:80]!r} rather than {first.rejected[:80]!r}"))
 
 
-def sampled(policy: Policy, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], how: Draws, seed: int
+def sampled(policy: Policy, tokenizer: Any, examples: Sequence[Example], how: Draws, seed: int
             ) -> Iterator[Judged]:
     """`how.samples` replies of the policy to each example, rows "(n g)"."""
     rule, rng = sampling_rule(policy, tokenizer, how.temperature), generator(seed, 0, "samples")
@@ -71,7 +71,7 @@ def sampled(policy: Policy, tokenizer: PreTrainedTokenizerBase, examples: Sequen
         yield [e for e in some for _ in range(how.samples)], sampler(policy, ids, mask, uniforms, rule)
 
 
-def given(path: str, tokenizer: PreTrainedTokenizerBase, policy: Policy) -> Iterator[Judged]:
+def given(path: str, tokenizer: Any, policy: Policy) -> Iterator[Judged]:
     """The rows {"prompt": …, "replies": [… , …], "answer": …} of a file, one prompt at a time; other keys are info."""
     for where, row in json_rows(path, "replies"):
         prompt, replies = row.pop("prompt", None), row.pop("replies", None)
@@ -82,7 +82,7 @@ def given(path: str, tokenizer: PreTrainedTokenizerBase, policy: Policy) -> Iter
         yield [Example(prompt, str(row.pop("answer", "")), row)] * len(replies), batch
 
 
-def labelled(rows: Iterable[Judged], reward: Reward, tokenizer: PreTrainedTokenizerBase, noise: float, seed: int
+def labelled(rows: Iterable[Judged], reward: Reward, tokenizer: Any, noise: float, seed: int
              ) -> tuple[list[Pair], int]:
     """The best and the worst reply of each prompt, and how many prompts had none: Bradley-Terry, with noise > 0."""
     rng, pairs, ties = generator(seed, 0, "labels"), [], 0

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rlkl.errors import UserError
 from rlkl.model import Policy, encode, left_pad, load
@@ -24,7 +24,7 @@ Answer:"""
 
 
 @functools.lru_cache(maxsize=4)
-def loaded(path: str, device: torch.device) -> tuple[Policy, PreTrainedTokenizerBase]:
+def loaded(path: str, device: torch.device) -> tuple[Policy, Any]:
     """Once a process; bfloat16 on cuda."""
     try:
         policy, tokenizer = load(path, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -47,7 +47,7 @@ def principle_judge(examples: Sequence[Example], replies: Sequence[str], batch: 
     return logprobs[:, yes].logsumexp(1) - logprobs[:, no].logsumexp(1), {}
 
 
-def question(tokenizer: PreTrainedTokenizerBase, template: str, principle: str, prompt: str | list[dict], reply: str
+def question(tokenizer: Any, template: str, principle: str, prompt: str | list[dict], reply: str
              ) -> list[int]:
     """The question as the judge's tokens. UserError where the template has another field, or leaves the reply out."""
     if isinstance(prompt, list):
@@ -61,7 +61,7 @@ def question(tokenizer: PreTrainedTokenizerBase, template: str, principle: str, 
     return encode(tokenizer, [{"role": "user", "content": text}] if tokenizer.chat_template else text)
 
 
-def answers(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def answers(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The token ids that begin a yes, and those that begin a no. UserError where one cannot be told from the other."""
     first = [set(starts(tokenizer, word)) for word in ("yes", "no")]
     yes, no = (sorted(mine - other) for mine, other in (first, first[::-1]))
@@ -70,7 +70,7 @@ def answers(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     return yes, no
 
 
-def starts(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
+def starts(tokenizer: Any, word: str) -> list[int]:
     """yes, Yes, YES, with and without a space before: those that are one token, else the first token of each."""
     forms = [space + form for form in (word, word.capitalize(), word.upper()) for space in ("", " ")]
     ids = [tokenizer(form, add_special_tokens=False).input_ids for form in forms]
