@@ -181,8 +181,8 @@ def options(tables: Mapping[str, Mapping[str, Callable]], section: type = Config
         shown = re.sub(r"typing\.|<class '(\w+)'>", r"\1", str(kind)).replace("dict[str, Any]", "plug-in")
         shown = re.sub(r"Literal\[(.*)\]", lambda m: m[1].replace("'", "").replace(", ", " | "), shown)
         value = default["name"] if isinstance(default, dict) else default
-        fathers = (c.__dict__.get("__pydantic_fields__", {}).get(f.name) for c in section.__mro__)
-        line = next((field.description for field in fathers if field and field.description), "")
+        declared = (c.__dict__.get("__pydantic_fields__", {}).get(f.name) for c in section.__mro__)
+        line = next((field.description for field in declared if field and field.description), "")
         if names := tables.get(prefix + f.name):
             line += f": {', '.join(names)} or file.py:function"
         rows.append((prefix + f.name, shown, str(value), line))
