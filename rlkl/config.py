@@ -14,13 +14,15 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError, create_model
 
 from rlkl.errors import UserError
 from rlkl.schema import PLUGINS, Config
+
+S = TypeVar("S")
 
 
 class Loader(yaml.SafeLoader):
@@ -37,32 +39,32 @@ Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
-def load(argv: list[str], tree: dict | None = None) -> Config:
+def load(argv: list[str], tree: dict | None = None, schema: type[S] = Config) -> S:
     """`load(["configs/tiny-ppo.yaml", "loss.clip=0.1"])`: later arguments win, over the defaults or over `tree`.
 
     Raises UserError on any mistake.
     """
-    tree = defaults() if tree is None else tree
+    tree = defaults(schema) if tree is None else tree
     for arg in argv:
         path, equals, value = arg.partition("=")
         part = read_yaml(Path(arg)) if not equals else parse_yaml(value, arg)
         for key in reversed(path.split(".") if equals else []):
             part = {key: part}
         tree = merge(tree, part)
-    return build(tree)
+    return build(tree, schema)
 
 
-def build(tree: dict) -> Config:
-    """A tree of plain values → Config; UserError names the key, the value and the choices."""
+def build(tree: dict, schema: type[S] = Config) -> S:
+    """A tree of plain values → Config, or another schema; UserError names the key, the value and the choices."""
     try:
-        return TypeAdapter(Config).validate_python(tree)
+        return TypeAdapter(schema).validate_python(tree)
     except ValidationError as error:
-        raise UserError(explain(error)) from error
+        raise UserError(explain(error, schema)) from error
 
 
-def defaults() -> dict:
+def defaults(schema: type = Config) -> dict:
     """Config() as a tree of plain values."""
-    return asdict(Config())
+    return asdict(schema())
 
 
 def read_yaml(path: Path) -> dict:
@@ -104,12 +106,12 @@ def sections(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-def explain(error: ValidationError) -> str:
+def explain(error: ValidationError, schema: type = Config) -> str:
     """The first mistake as one line."""
     mistake = error.errors()[0]
     where = ".".join(str(x) for x in mistake["loc"])
     if mistake["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        section = functools.reduce(lambda t, k: get_type_hints(t).get(k, t), mistake["loc"][:-1], Config)
+        section = functools.reduce(lambda t, k: get_type_hints(t).get(k, t), mistake["loc"][:-1], schema)
         return f"unknown key {where}; there is {', '.join(f.name for f in fields(section))}"
     if not where:
         return mistake["msg"].removeprefix("Value error, ")
@@ -185,7 +187,8 @@ def options(tables: Mapping[str, Mapping[str, Callable]], section: type = Config
         shown = re.sub(r"typing\.|<class '(\w+)'>", r"\1", str(kind)).replace("dict[str, Any]", "plug-in")
         shown = re.sub(r"Literal\[(.*)\]", lambda m: m[1].replace("'", "").replace(", ", " | "), shown)
         value = default["name"] if isinstance(default, dict) else default
-        line = section.__pydantic_fields__[f.name].description or ""
+        declared = (c.__dict__.get("__pydantic_fields__", {}).get(f.name) for c in section.__mro__)
+        line = next((field.description for field in declared if field and field.description), "")
         if names := tables.get(prefix + f.name):
             line += f": {', '.join(names)} or file.py:function"
         rows.append((prefix + f.name, shown, str(value), line))

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -52,8 +53,7 @@ def flat(tree: dict, prefix: str = "") -> dict:
 
 def open_folder(cfg: Config, argv: list[str]) -> Path:
     """Make the run folder and write down what is needed to repeat the run, or find it again on resume."""
-    plugins = [
-        Path(v.rpartition(":")[0]) for k, v in flat(asdict(cfg)).items() if k.endswith("name") and ".py:" in str(v)]
+    plugins = plugin_files(cfg)
     if cfg.resume:
         folder = Path(cfg.resume)
         for file in plugins:
@@ -71,18 +71,28 @@ def open_folder(cfg: Config, argv: list[str]) -> Path:
     )
     if folder.exists():
         raise UserError(f"run={folder}: the folder exists; a run is never overwritten: resume={folder} continues it")
+    return make_folder(folder, cfg, plugins, " ".join(["python", "train.py", *argv]))
+
+
+def make_folder(folder: Path, cfg: Any, plugins: list[Path], command: str) -> Path:
+    """A new run folder: what was run, on what, and the plug-ins' files. UserError where it cannot be written."""
     try:
         (folder / "checkpoints").mkdir(parents=True)
         (folder / "plugins").mkdir()
     except OSError as error:
         raise UserError(f"run={folder}: cannot be written: {error.strerror}") from error
-    (folder / "provenance.json").write_text(json.dumps(provenance(argv), indent=1), encoding="utf-8")
+    (folder / "provenance.json").write_text(json.dumps(provenance(command), indent=1), encoding="utf-8")
     for file in plugins:
         shutil.copy(file, folder / "plugins" / file.name)
     plain = json.loads(json.dumps(asdict(cfg)))  # tuples as lists
     text = yaml.safe_dump(plain, sort_keys=False)
     (folder / "config.yaml").write_text(text, encoding="utf-8")  # last: with it the run may be resumed
     return folder
+
+
+def plugin_files(cfg: Any) -> list[Path]:
+    """The file of every `name: file.py:function`."""
+    return [Path(v.rpartition(":")[0]) for k, v in flat(asdict(cfg)).items() if k.endswith("name") and ".py:" in str(v)]
 
 
 def numbered(stem: Path) -> Path:
@@ -93,11 +103,11 @@ def numbered(stem: Path) -> Path:
     return folder
 
 
-def provenance(argv: list[str]) -> dict:
+def provenance(command: str) -> dict:
     """The command, the versions, the git revision and whether the tree was clean (None outside a git checkout)."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
     revision, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    return {"command": " ".join(["python", "train.py", *argv]), "python": platform.python_version(), **versions,
+    return {"command": command, "python": platform.python_version(), **versions,
             "platform": platform.platform(), "git": revision, "clean": None if changes is None else not changes}
 
 

@@ -44,6 +44,7 @@ GIVEN = ("loss", "advantage", "kl", "reward", "task")
 STOPS_GRADIENT = {  # detached: their gradient is not that of their value
     "gspo", "cispo", "dppo_tv", "dppo_kl", "topr", "vespo", "k2_sequence", "ref_k3_straight_through"}
 NOT_REINFORCE = {"top_entropy", "clip_cov"}  # at ratio 1 their gradient is not -A: some tokens are left out by design
+DEMONSTRATIONS = {"Reviews"}  # their answers show what may be said, not what is best
 LEADS_ELSEWHERE = {  # not to the optimum of E[score] - beta KL(pi || ref): another KL, or none
     "k2", "k3", "ref_k3", "exact_ref_pi", "wk2_token", "old_k2", "old_k3",
     "reinforce_pp",  # whitened over a rollout of 3 replies, each of which is in its own baseline
@@ -123,12 +124,22 @@ def problems(request, tmp_path):
     return [made[0], made[len(made) - 1]]
 
 
+def needed(name: str, folder) -> dict[str, str]:
+    """The options that a built-in reward cannot do without: models of a few thousand weights."""
+    from preference_models import classifier, judge_of
+
+    made = {"reward_model": lambda: {"path": str(classifier(folder))},
+            "judge": lambda: {"path": str(judge_of(folder)), "principle": "Be right."}}
+    return made[name]() if name in made else {}
+
+
 @pytest.fixture
 def reward(request, tmp_path):
     what, _, name = request.param.partition(" ")
     if what != "task":  # any style of docs/rewards.md; in this process, so that a failure can be looked into
         scoring = Scoring(0, seconds=10.0, failed=0.0, memory_gb=4.0, steps=1, say=warnings.warn)
-        return assemble([{"name": request.param}], from_task(lambda example, reply: 0.0), scoring)
+        section = {"name": request.param} | needed(request.param, tmp_path)
+        return assemble([section], from_task(lambda example, reply: 0.0), scoring)
     return from_task(make_task(name, tmp_path)("train").score)
 
 
@@ -660,7 +671,8 @@ def test_the_right_answer_scores_one_and_an_empty_reply_less(task):
             right, wrong = (total(made.score(example, reply)) for reply in (reply, ""))
             assert wrong < 1, "an empty reply is right"
             if right < 1:
-                report(f"the bare answer {reply!r} scores {right}: right if the format is scored too", task)
+                report(f"the bare answer {reply!r} scores {right}: right if the format is scored too", task,
+                       DEMONSTRATIONS)
 
 
 # Rewards

@@ -36,7 +36,7 @@ from rlkl.tiles import tile_for
 from rlkl.types import Head
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if not p.read_text().startswith("# rlkl ")]
 
 # What explain measures, by name
 KIND = {("reward", "k1"): "sequence", ("reward", "k2"): "other", ("reward", "k3"): "other"} | {

@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from rlkl.cli import explain
+from rlkl.cli import dpo, explain, label, reward_model, sft
 from rlkl.errors import UserError
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"explain": explain.main}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "explain": explain.main, "sft": sft.main, "label": label.main, "reward-model": reward_model.main, "dpo": dpo.main}
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        lines = [f"  rlkl {name:8s} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+        lines = [f"  rlkl {name:13s} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
         print("\n".join([__doc__ or "", *lines]))
         return 0
     if argv[0] not in COMMANDS:

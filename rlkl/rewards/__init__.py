@@ -15,6 +15,8 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from rlkl.errors import UserError
+from rlkl.rewards.feedback import principle_judge
+from rlkl.rewards.models import reward_model
 from rlkl.rewards.penalties import overlong, repetition
 from rlkl.types import Batch, Example
 
@@ -129,4 +131,4 @@ def with_overlong(reward: Reward, max_tokens: int, buffer: int, coef: float) -> 
     return shaped
 
 
-REWARDS: dict[str, Reward] = {"repetition": repetition}
+REWARDS: dict[str, Callable] = {"judge": principle_judge, "repetition": repetition, "reward_model": reward_model}

@@ -10,6 +10,7 @@ from rlkl.tasks.gym import ReasoningGym
 from rlkl.tasks.hub import Hub
 from rlkl.tasks.jsonl import Jsonl
 from rlkl.tasks.mathematics import Mathematics
+from rlkl.tasks.reviews import Reviews
 
 TASKS = {"addition": Addition, "jsonl": Jsonl, "datasets": Hub, "gsm8k": GSM8K, "math": Mathematics,
-         "countdown": Countdown, "reasoning_gym": ReasoningGym}
+         "countdown": Countdown, "reasoning_gym": ReasoningGym, "reviews": Reviews}

@@ -1,0 +1,50 @@
+"""What the commands share: their configuration, their folder, the model they start from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlkl import config, runs
+from rlkl.build import TABLES, base_model
+from rlkl.errors import UserError
+from rlkl.log import RunLog
+from rlkl.schema_supervised import Supervised
+from rlkl.terminal import before_and_after, console, usage
+
+S = TypeVar("S")
+
+
+def configure(argv: list[str], schema: type[S], command: str, doc: str) -> S | None:
+    """CONFIG.yaml and a.b=c → the command's options; None once --help has listed them."""
+    if {"-h", "--help"} & set(argv):
+        usage(doc, config.options(TABLES, schema), f"rlkl {command}")
+        return None
+    return config.load(argv, schema=schema)
+
+
+def new_run(cfg: Supervised, command: str, argv: list[str]) -> Path:
+    """The folder of a run of this command. UserError where it exists."""
+    folder = Path(cfg.run) if cfg.run != "auto" else runs.numbered(Path("runs") / command)
+    if folder.exists():
+        raise UserError(f"run={folder}: the folder exists; a run is never overwritten: choose another, or delete it")
+    return runs.make_folder(folder, cfg, runs.plugin_files(cfg), " ".join(["rlkl", command, *argv]))
+
+
+def open_log(cfg: Supervised, folder: Path) -> RunLog:
+    return RunLog(folder, asdict(cfg), wandb_mode=cfg.log.wandb, project=cfg.log.project, start=0)
+
+
+def model_name(name: str) -> str:
+    """A directory or a hub name; that of the tiny base, which is made if it is missing."""
+    return str(base_model(console)) if name == "tiny" else name
+
+
+def finish(folder: Path, lm: Any, tokenizer: Any, before: dict[str, float], after: dict[str, float], title: str
+           ) -> None:
+    """Save the model as a Hugging Face directory, and say what was reached."""
+    lm.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    before_and_after(before, after, title)
+    console.print(f"model: {folder / 'model'}")
