@@ -27,7 +27,7 @@ from rlkl.losses import importance_ratio, token_weights
 from rlkl.metrics import credited, describe, speed
 from rlkl.mismatch import accepted, truncated_ratio
 from rlkl.optim import lr_scale
-from rlkl.rewards import informative, judge, token_rewards
+from rlkl.rewards import informative, judge, token_rewards, without_rows
 from rlkl.rollout.sample import draw_uniforms
 from rlkl.schema import Config
 from rlkl.seeds import draw, generator, stream
@@ -67,6 +67,7 @@ def training_step(cfg: Config, parts: Parts, state: State) -> tuple[dict[str, fl
     asked, replies = [e for e in examples for _ in range(group)], model.decode(parts.tokenizer, batch)
     scores, named = judge(parts.reward, asked, replies, batch)
     row = describe(batch, scores, named, group)
+    batch = batch if scores.isfinite().all() else without_rows(batch, scores.isnan())  # no score, no sample
     if cfg.sampling.baseline == "greedy":
         batch.values = greedy_baseline(parts, examples, prompt_ids, prompt_mask, uniforms).expand(batch.mask.shape)
     sample = {"prompt": asked[0].prompt, "reply": replies[0], "score": scores[0].item()}
@@ -99,7 +100,7 @@ def training_step(cfg: Config, parts: Parts, state: State) -> tuple[dict[str, fl
     if "ratio_square" in row:
         row["ess"] = row.pop("ratio_mean") ** 2 / row.pop("ratio_square")
     if "kl_pi_ref_tok" in row:
-        row["kl_pi_ref_seq"] = seq = row["kl_pi_ref_tok"] * int(batch.mask.sum()) / len(batch)
+        row["kl_pi_ref_seq"] = seq = row["kl_pi_ref_tok"] * int(batch.mask.sum()) / int(batch.mask.any(1).sum())
         if (target := cfg.kl_ref.target) is not None:
             state.kl_ref_coef = kl.proportional(state.kl_ref_coef, target, seq, len(batch), cfg.kl_ref.horizon)
     return row, sample
@@ -111,7 +112,7 @@ def greedy_baseline(parts: Parts, examples: list[Example], prompt_ids: Tensor, p
     first = uniforms[:: len(uniforms) // len(prompt_ids)]
     batch = parts.sampler(parts.policy, prompt_ids, prompt_mask, first, parts.rule._replace(temperature=0.0))
     scores, _ = judge(parts.reward, examples, model.decode(parts.tokenizer, batch), batch)
-    return scores.repeat_interleave(len(uniforms) // len(prompt_ids))[:, None]
+    return scores.nan_to_num(0.0).repeat_interleave(len(uniforms) // len(prompt_ids))[:, None]
 
 
 def evaluate(cfg: Config, parts: Parts, batch: Batch) -> Tensor | None:
@@ -161,7 +162,7 @@ def backward(cfg: Config, parts: Parts, state: State, mini: Batch, meters: Meter
     mini.weights = token_weights(trained, cfg.optim.weights, cfg.sampling.max_new_tokens)
     if cfg.mismatch.reject != "none":
         mini.weights = mini.weights * accepted(mini, cfg.mismatch.reject, cfg.mismatch.low, cfg.mismatch.high)
-    total, drift, tokens = 0.0, 0.0, int(mini.mask.sum())
+    total, drift, tokens = 0.0, 0.0, max(int(mini.mask.sum()), 1)
     for new, micro in (x for _, rows in mini.microbatches(cfg.optim.micro_tokens) for x in parts.evaluations(rows)):
         if micro.old_logprobs is None:
             micro.old_logprobs = new.logprobs.detach()
@@ -193,6 +194,12 @@ def train(cfg: Config, argv: list[str]) -> Path:
     console.print(f"device: {device}")
     start = checkpoint.newest(Path(cfg.resume)) if cfg.resume else None
     parts = build(cfg, device, console, start)
+    with parts.scoring:  # its processes end with the run, however that ends
+        return run(cfg, argv, parts, start)
+
+
+def run(cfg: Config, argv: list[str], parts: Parts, start: Path | None) -> Path:
+    """The loop, with what surrounds it."""
     folder = runs.open_folder(cfg, argv)
     state = State(cfg.kl_ref.coef, cfg.kl_old.coef)
     if start is not None:
@@ -212,6 +219,7 @@ def train(cfg: Config, argv: list[str]) -> Path:
         while state.step < cfg.optim.steps and not interrupt.asked:
             try:
                 give_up(cfg, state)
+                parts.scoring.trainer_state.global_step = state.step
                 row, sample = training_step(cfg, parts, state)
             except UserError as error:
                 save()

@@ -1,7 +1,8 @@
 """Credit assignment: token rewards (B, T) → advantages (B, T), zero outside the mask, and value targets (B, T) or None.
 
 `rewards` already holds all that is paid: the score on the last token, -coef·KL on every token if KL is in the reward.
-Masked tokens do not exist in time: values and λ-sums are carried *through* them.
+Masked tokens do not exist in time: values and λ-sums are carried *through* them. A row without a token does not exist
+at all: its group is as large as the rows that have one.
 """
 
 from __future__ import annotations
@@ -50,17 +51,16 @@ def whitened(x: Tensor, mask: Tensor) -> Tensor:
     return ((x - inside.mean()) * (inside.var() + 1e-8).rsqrt()).masked_fill(~mask, 0.0)
 
 
-def grpo(
-    rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_size: int, scale: Literal["group", "batch"] = "group"
-) -> Credit:
+def grpo(rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_size: int,
+         scale: Literal["group", "batch"] = "group") -> Credit:
     """(R - mean) / (std + 1e-6) over the samples of a prompt, ddof 1 (Shao et al. 2024, arXiv:2402.03300, sec. 4.1.2).
 
     scale = batch divides by the std over the whole rollout instead (Liu et al. 2025, arXiv:2508.08221).
     """
-    returns, centred = _centred(rewards, mask, group_size)
-    if returns.numel() < 2 or group_size < 2:
-        return _spread(torch.zeros_like(centred), mask), None
-    std = returns.std(1, keepdim=True) if scale == "group" else returns.std()
+    returns, centred, there = _centred(rewards, mask, group_size)
+    around, axes = (centred, 1) if scale == "group" else ((returns - returns[there].mean()) * there, (0, 1))
+    size = there.sum(axes, keepdim=True, dtype=returns.dtype)
+    std = around.std(axes, correction=0, keepdim=True) * (there.numel() / size.numel() / (size - 1).clamp_min(1)).sqrt()
     return _spread(centred / (std + 1e-6), mask), None
 
 
@@ -71,8 +71,9 @@ def dr_grpo(rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_size:
 
 def rloo(rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_size: int) -> Credit:
     """R - mean of the *other* samples = G/(G-1) · (R - mean) (RLOO, Ahmadian et al. 2024, arXiv:2402.14740)."""
-    centred = _centred(rewards, mask, group_size)[1]
-    return _spread(centred * (group_size / max(group_size - 1, 1)), mask), None
+    _, centred, there = _centred(rewards, mask, group_size)
+    size = there.sum(1, keepdim=True)
+    return _spread(centred * (size / (size - 1).clamp_min(1)), mask), None
 
 
 def opo(rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_size: int) -> Credit:
@@ -92,10 +93,10 @@ def maxrl(rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_size: i
     ValueError on negative scores, where the mean is no probability, and on a KL in the reward.
     """
     _refuse_token_rewards("maxrl", rewards, mask)
-    returns, centred = _centred(rewards, mask, group_size)
+    returns, centred, there = _centred(rewards, mask, group_size)
     if (returns < 0).any():
         raise ValueError(f"maxrl divides by the mean score, so scores must be >= 0; one is {returns.min().item():.4g}")
-    mean = returns.mean(1, keepdim=True)
+    mean = returns.sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp_min(1)
     return _spread(torch.where(mean > 0, centred / mean, 0.0), mask), None
 
 
@@ -109,12 +110,13 @@ def pass_at_k(rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_siz
     if not 1 <= k <= max(group_size, 2):
         raise ValueError(f"pass_at_k needs 1 <= k <= group_size; k is {k}, group_size {group_size}")
     _refuse_token_rewards("pass_at_k", rewards, mask)
-    right = _centred(rewards, mask, group_size)[0]
+    right, _, there = _centred(rewards, mask, group_size)
     if (odd := right[(right != 0) & (right != 1)]).numel():
         raise ValueError(f"pass_at_k needs scores of 0 (wrong) or 1 (right); one is {odd[0].item():.4g}")
-    wrong = group_size - right.sum(1, keepdim=True)
-    fails = _all_wrong(wrong, group_size, k)
-    fails_with_me = _all_wrong(wrong - 1, group_size - 1, k - 1)
+    size = there.sum(1, keepdim=True)
+    wrong = size - right.sum(1, keepdim=True)
+    fails = _all_wrong(wrong, size, k)
+    fails_with_me = _all_wrong(wrong - 1, size - 1, k - 1)
     std = (fails * (1 - fails)).sqrt()
     advantages = torch.where(right == 1, fails, fails - fails_with_me) / std
     return _spread(advantages.masked_fill(std == 0, 0.0), mask), None
@@ -125,18 +127,18 @@ def best_only(rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_siz
 
     The leave-one-out advantage of the group's best score; 0 for a group whose best two are equal.
     """
-    returns = _centred(rewards, mask, group_size)[0]
+    returns, _, there = _centred(rewards, mask, group_size)
     if group_size < 2:
         return _spread(torch.zeros_like(returns), mask), None
-    best = returns.topk(2, dim=1)
-    margin = best.values[:, :1] - best.values[:, 1:]
+    best = returns.masked_fill(~there, -torch.inf).topk(2, dim=1)
+    margin = (best.values[:, :1] - best.values[:, 1:]).masked_fill(there.sum(1, keepdim=True) < 2, 0.0)
     return _spread(torch.zeros_like(returns).scatter(1, best.indices[:, :1], margin), mask), None
 
 
-def _all_wrong(wrong: Tensor, total: int, k: int) -> Tensor:
+def _all_wrong(wrong: Tensor, total: Tensor, k: int) -> Tensor:
     """C(wrong, k) / C(total, k): k draws without replacement are all among the wrong ones."""
     drawn = torch.arange(k, device=wrong.device)
-    return ((wrong[..., None] - drawn).clamp_min(0) / (total - drawn).clamp_min(1)).prod(-1)
+    return ((wrong[..., None] - drawn).clamp_min(0) / (total[..., None] - drawn).clamp_min(1)).prod(-1)
 
 
 def _refuse_token_rewards(name: str, rewards: Tensor, mask: Tensor) -> None:
@@ -172,13 +174,19 @@ def remax(rewards: Tensor, values: Tensor, mask: Tensor, *, group_size: int = 1)
     return (to_go - values).masked_fill(~mask, 0.0), None
 
 
-def _centred(rewards: Tensor, mask: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """(n g) summed rewards, and their deviation from the group's mean: exactly 0 if the group is unanimous."""
+def _centred(rewards: Tensor, mask: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(n g) summed rewards, their deviation from the group's mean, and which rows are there: those with a token.
+
+    The deviation is exactly 0 in a unanimous group, and in a row that is not there.
+    """
     if len(mask) % group_size:
         raise ValueError(f"{len(mask)} rows do not divide into groups of {group_size}")
-    returns = rearrange(rewards.masked_fill(~mask, 0.0).sum(1), "(n g) -> n g", g=group_size)
-    unanimous = returns.amax(1, keepdim=True) == returns.amin(1, keepdim=True)  # the std of equal floats is not 0
-    return returns, (returns - returns.mean(1, keepdim=True)).masked_fill(unanimous, 0.0)
+    summed = rewards.masked_fill(~mask, 0.0).sum(1), mask.any(1)
+    returns, there = (rearrange(x, "(n g) -> n g", g=group_size) for x in summed)
+    highest, lowest = (returns.masked_fill(~there, x) for x in (-torch.inf, torch.inf))
+    unanimous = highest.amax(1, keepdim=True) <= lowest.amin(1, keepdim=True)  # the std of equal floats is not 0
+    mean = returns.sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp_min(1)
+    return returns, (returns - mean).masked_fill(unanimous | ~there, 0.0), there
 
 
 def _spread(per_row: Tensor, mask: Tensor) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -14,26 +14,29 @@ from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlkl import tiny
+from rlkl import lora, tiny
 from rlkl.advantages import ADVANTAGES
 from rlkl.algorithm import algorithm, reads_old
 from rlkl.config import resolve
 from rlkl.errors import UserError
 from rlkl.explain import traps
+from rlkl.explain.footprint import plan
 from rlkl.kl import KL, KL_LOSSES, KL_OLD_LOSSES
 from rlkl.losses import LOSSES, SELECTORS
-from rlkl.model import Policy, encode, first_line, load, reference_of, sampling_rule
+from rlkl.model import Policy, checkpoint_layers, encode, first_line, load, reference_of, sampling_rule
 from rlkl.optim import Optimizer
 from rlkl.rewards import REWARDS, Reward, from_task, with_overlong
+from rlkl.rewards.scoring import Scoring, assemble
 from rlkl.rollout import SAMPLERS
 from rlkl.schema import Config
-from rlkl.seeds import draw
+from rlkl.seeds import draw, stream
 from rlkl.tasks import TASKS
 from rlkl.types import Batch, Evaluation, Example, Sampling
 
+T = TypeVar("T")
 TABLES = {  # what an option may name
-    "task": TASKS, "sampling.backend": SAMPLERS, "advantage": ADVANTAGES, "selector": SELECTORS, "loss": LOSSES,
-    "kl_ref.estimator": KL | KL_LOSSES, "kl_old.estimator": KL_OLD_LOSSES,
+    "task": TASKS, "reward": REWARDS, "sampling.backend": SAMPLERS, "advantage": ADVANTAGES, "selector": SELECTORS,
+    "loss": LOSSES, "kl_ref.estimator": KL | KL_LOSSES, "kl_old.estimator": KL_OLD_LOSSES,
 }
 
 
@@ -50,6 +53,7 @@ class Parts:
     rule: Sampling
     sampler: Callable[..., Batch]
     reward: Reward
+    scoring: Scoring  # the processes that score text; to be closed
     advantage: Callable[..., tuple[Tensor, Tensor | None]]
     selector: Callable[[Batch, Tensor], Tensor] | None
     loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
@@ -59,6 +63,7 @@ class Parts:
     train: list[Example]
     heldout: list[Example]
     solved: Callable[[Example, str], bool]  # is this reply right? what held-out accuracy counts
+    grade: Callable[[Example, str], dict[str, float]]  # what the task reports of a held-out reply beside that
 
 
 def pick_device(name: str) -> torch.device:
@@ -82,20 +87,34 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
         console.print(f"[yellow]note:[/] {escape(trap)}")
     make_task = resolve(cfg.task, TASKS, "task")
     task, heldout_task = make_task("train"), make_task("heldout")
-    reward = resolve(cfg.reward, REWARDS, "reward") if cfg.reward else from_task(task.score)
+    scoring = Scoring(**asdict(cfg.scoring), steps=cfg.optim.steps, say=lambda line: console.print(
+        f"[yellow]note:[/] {escape(line)}"))
+    reward, score = from_task(task.score), task.score
+    if cfg.task["name"] not in TASKS:  # somebody else's code
+        reward, score = scoring.task(cfg.task, task.score)
+    if cfg.reward:
+        reward = assemble(cfg.reward if isinstance(cfg.reward, list) else [cfg.reward], reward, scoring)
     if cfg.overlong.buffer:
         reward = with_overlong(reward, cfg.sampling.max_new_tokens, cfg.overlong.buffer, cfg.overlong.coef)
 
+    for line in plan(cfg, chosen.exact, device, task):
+        console.print(escape(line))
     name = str(base_model(console)) if cfg.model.name == "tiny" else cfg.model.name
     dtype = dtype_of(cfg, device)
     policy, tokenizer = load(name, critic=cfg.model.critic, device=device, dtype=dtype)
+    if cfg.lora.r:
+        lora.adapt(policy.lm, **asdict(cfg.lora), seed=stream(cfg.seed, 0, "LoRA"))
     reference = reference_of(policy) if cfg.model.reference else None
     exact = reference if chosen.exact else None
-    if start is not None:
+    if start is not None and cfg.lora.r:
+        lora.restore(policy.lm, start)
+    elif start is not None:
         policy, _ = load(str(start), critic=cfg.model.critic, device=device, dtype=dtype)
+    if cfg.model.checkpointing:
+        checkpoint_layers(policy)
     lrs = {"policy": cfg.optim.lr, "critic": cfg.optim.critic_lr}
     optimizer = Optimizer(policy.parameter_groups(), lrs, betas=cfg.optim.betas, weight_decay=cfg.optim.weight_decay,
-                          max_grad_norm=cfg.optim.max_grad_norm)
+                          max_grad_norm=cfg.optim.max_grad_norm, offload=cfg.optim.offload)
 
     heldout = draw(range(len(heldout_task)), min(cfg.eval.prompts, len(heldout_task)), seed=0, step=0)
     for each in filter(None, (policy, reference)):
@@ -104,19 +123,25 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
     return Parts(
         policy, reference, exact, partial(chunks, reference=exact), tokenizer, optimizer,
         sampling_rule(policy, tokenizer, cfg.sampling.temperature),
-        sampler, reward, chosen.advantage, chosen.selector, chosen.loss, chosen.kl_ref, chosen.kl_old, reads_old(cfg),
+        sampler, reward, scoring, chosen.advantage, chosen.selector, chosen.loss, chosen.kl_ref, chosen.kl_old,
+        reads_old(cfg),
         train=that_fit(cfg, policy, tokenizer, [task[i] for i in range(len(task))], "train", console),
         heldout=that_fit(cfg, policy, tokenizer, [heldout_task[i] for i in heldout], "held-out", console),
-        solved=partial(solved, task.score))
+        solved=partial(solved, score), grade=partial(judged, "grade", getattr(task, "grade", lambda *_: {})))
 
 
 def solved(score: Callable[[Example, str], float | dict[str, float]], example: Example, reply: str) -> bool:
     """Is a reply right: a score, or a sum of named parts, of at least 1."""
-    try:
-        scored = score(example, reply)
-    except Exception as error:  # somebody else's code may fail in any way
-        raise UserError(f"task.score raised {type(error).__name__}: {error} for the reply {reply!r}") from error
+    scored = judged("score", score, example, reply)
     return (sum(scored.values()) if isinstance(scored, dict) else scored) >= 1
+
+
+def judged(name: str, function: Callable[[Example, str], T], example: Example, reply: str) -> T:
+    """What a task says of a reply. UserError where it raises."""
+    try:
+        return function(example, reply)
+    except Exception as error:  # somebody else's code may fail in any way
+        raise UserError(f"task.{name} raised {type(error).__name__}: {error} for the reply {reply!r}") from error
 
 
 def dtype_of(cfg: Config, device: torch.device) -> torch.dtype:

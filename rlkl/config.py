@@ -91,13 +91,19 @@ def merge(old: dict, new: Any) -> dict:
         raise UserError(f"expected sections of key: value, got {new!r}")
     merged = dict(old)
     for key, value in new.items():
-        if key in PLUGINS and isinstance(value, str):
-            value = {"name": value}
+        value = sections(value) if key in PLUGINS else value
         before = old.get(key)
         nested = isinstance(before, dict) and isinstance(value, dict)
         another = nested and key in PLUGINS and value.get("name", before["name"]) != before["name"]
         merged[key] = merge(before, value) if nested and not another else value
     return merged
+
+
+def sections(value: Any) -> Any:
+    """A plug-in that is given by its name alone, or a list of plug-ins, as sections."""
+    if isinstance(value, list):
+        return [sections(each) for each in value]
+    return {"name": value} if isinstance(value, str) else value
 
 
 def explain(error: ValidationError, schema: type = Config) -> str:

@@ -15,20 +15,20 @@ PHASES = ("act", "evaluate", "learn")
 
 
 def describe(batch: Batch, scores: Tensor, named: dict[str, Tensor], group_size: int) -> dict[str, float]:
-    """The whole rollout: rewards and lengths."""
-    groups = scores.view(-1, group_size)
-    row = {"reward": scores.mean(), "reward_std": scores.std(unbiased=False),
-        "unanimous": (groups.amax(1) == groups.amin(1)).float().mean(), "length": batch.mask.sum(1).float().mean(),
+    """The whole rollout: rewards and lengths. A reply without a score, or without a part of it, is NaN there."""
+    highest, lowest = (scores.view(-1, group_size).nan_to_num(x) for x in (-torch.inf, torch.inf))
+    row = {"reward": scores.nanmean(), "reward_std": (scores - scores.nanmean()).square().nanmean().sqrt(),
+        "unanimous": (highest.amax(1) <= lowest.amin(1)).float().mean(), "length": batch.mask.sum(1).float().mean(),
         "truncated": batch.truncated.float().mean(), "tokens": batch.mask.sum()}
-    row |= {f"reward/{name}": part.float().mean() for name, part in named.items()}
+    row |= {f"reward/{name}": part.nanmean() for name, part in named.items() if not part.isnan().all()}
     return {name: float(x) for name, x in row.items()}
 
 
 def credited(batch: Batch) -> dict[str, float]:
     """What is learned from: advantages, and how much of the returns the critic explains."""
     inside = batch.advantages[batch.mask]
-    row = {"advantage": inside.mean(), "advantage_std": inside.std(unbiased=False)}
-    if batch.returns is not None and batch.values is not None:
+    row = {"advantage": inside.mean(), "advantage_std": (inside - inside.mean()).square().mean().sqrt()}
+    if len(inside) > 1 and batch.returns is not None and batch.values is not None:
         returns, values = batch.returns[batch.mask], batch.values[batch.mask]
         row["explained_variance"] = 1 - (returns - values).var() / returns.var().clamp_min(1e-8)
     return {name: float(x) for name, x in row.items()}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
+from rlkl import lora
 from rlkl.errors import UserError
 from rlkl.logprobs import Backend, head_logits, token_logprobs
 from rlkl.types import Batch, Evaluation, Head, Sampling
@@ -156,20 +160,55 @@ def positions(attended: Tensor) -> Tensor:
     return (attended.long().cumsum(1) - 1).clamp_min(0)
 
 
+class Unadapted(Policy):
+    """A policy without its LoRA adapter, on the same tensors: a reference that takes no memory."""
+
+    @property
+    def backbone(self) -> Any:
+        return lora.unadapted(self.lm)
+
+
 def reference_of(policy: Policy) -> Policy:
-    """The frozen copy that kl_ref measures against."""
+    """The frozen first policy that kl_ref measures against: a copy, or the policy with its adapter switched off."""
+    if lora.adapted(policy.lm):
+        return Unadapted(policy.lm, vocab_size=policy.vocab_size).eval()
     return Policy(copy.deepcopy(policy.lm), vocab_size=policy.vocab_size).requires_grad_(False).eval()
+
+
+def checkpoint_layers(policy: Policy) -> None:
+    """Keep each layer's input alone for the backward pass, which runs the layer again; the same gradients, exactly.
+
+    Wherever gradients are recorded, and not in train mode, as in transformers: that would bring dropout back.
+    """
+    layers = [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        kind = policy.lm.config.model_type
+        raise UserError(f"model.checkpointing: {kind} models have no layers that transformers can checkpoint")
+    for layer in layers:
+        layer.forward = partial(_again_in_backward, layer.forward)
+
+
+def _again_in_backward(forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **options)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def load(
     name: str, *, critic: CriticKind = "none", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Policy, PreTrainedTokenizerBase]:
-    """A causal LM directory or hub name → policy and tokenizer. UserError on what is missing or not supported."""
+    """A causal LM directory or hub name → policy and tokenizer; a LoRA adapter's directory is merged into its base.
+
+    UserError on what is missing or not supported.
+    """
     hf_logging.disable_progress_bar()
+    base, *adapters = lora.chain_of(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        found: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        found: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, output_loading_info=True)
         lm, report = found
+        for folder in adapters:
+            lm = lora.merged(lm, folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"model.name={name!r}: not a causal LM with a tokenizer, as a directory or a hub name: {first_line(error)}"
@@ -184,6 +223,13 @@ def load(
     check_reproduced(Policy(lm.to(device).eval(), vocab_size=len(tokenizer)))
     policy = Policy(lm.to(dtype), critic, vocab_size=len(tokenizer))
     return policy.eval(), tokenizer  # eval from here on: dropout would make the ratio differ from 1 before any update
+
+
+def export(name: str, folder: str) -> None:
+    """Write a checkpoint as an ordinary Hugging Face directory in float32, a LoRA adapter merged into its base."""
+    policy, tokenizer = load(name)
+    policy.lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def first_line(error: Exception) -> str:

@@ -14,12 +14,13 @@ class Optimizer:
 
     A bf16 parameter has a float32 master that takes the step and is copied back in place: at RL learning rates Adam on
     bf16 keeps 1–7 % of the displacement. Sampler and trainer read the same tensors, which never move in memory.
+    With `offload` all masters and moments are on the CPU, and so is the step: gradients go there, weights come back.
     """
 
     def __init__(self, groups: dict[str, list[nn.Parameter]], lrs: dict[str, float], *, betas: tuple[float, float],
-            weight_decay: float, max_grad_norm: float) -> None:
+            weight_decay: float, max_grad_norm: float, offload: bool = False) -> None:
         self.groups, self.lrs, self.max_grad_norm = groups, lrs, max_grad_norm
-        self.masters = {name: [master_of(p) for p in params] for name, params in groups.items()}
+        self.masters = {name: [master_of(p, offload) for p in params] for name, params in groups.items()}
         both = ((p, m) for name in groups for p, m in zip(groups[name], self.masters[name], strict=True))
         self.narrow = [(p, master) for p, master in both if p is not master]
         self.adamw = torch.optim.AdamW([{"params": self.masters[name], "lr": lrs[name]} for name in groups],
@@ -43,7 +44,7 @@ class Optimizer:
 
     def _through_masters(self) -> None:
         for p, master in self.narrow:
-            master.grad = None if p.grad is None else p.grad.to(master.dtype)
+            master.grad, p.grad = None if p.grad is None else p.grad.to(master), None  # one of them at a time
         self.adamw.step()
         with torch.no_grad():
             for p, master in self.narrow:
@@ -67,9 +68,12 @@ class Optimizer:
                     p.copy_(value)
 
 
-def master_of(p: nn.Parameter) -> nn.Parameter:
-    """The parameter itself, or a float32 copy where its own dtype is narrower."""
-    return p if p.dtype in (torch.float32, torch.float64) else nn.Parameter(p.detach().to(torch.float32))
+def master_of(p: nn.Parameter, offload: bool = False) -> nn.Parameter:
+    """The parameter itself, or a copy: in float32 where its own dtype is narrower, and on the CPU with `offload`."""
+    wide = torch.promote_types(p.dtype, torch.float32)
+    if wide == p.dtype and not offload:
+        return p
+    return nn.Parameter(p.detach().to("cpu" if offload else p.device, wide, copy=True))
 
 
 def lr_scale(step: int, steps: int, warmup: int, schedule: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import field
 from typing import Annotated, Any, Literal, Self
 
@@ -30,6 +31,17 @@ def named(section: Any) -> Any:
     return section
 
 
+def rewards(section: Any) -> Any:
+    """One plug-in or a list of them, each with a `weight` of its own."""
+    if section == []:
+        raise ValueError("an empty list; give a name, {name: ..., weight: ..., option: ...}, or a list of these")
+    for each in section if isinstance(section, list) else [section]:
+        weight = (named(each) or {}).get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(f"weight={weight!r} is no number")
+    return section
+
+
 Plugin = Annotated[dict[str, Any], BeforeValidator(named)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -50,8 +62,22 @@ class Model:
     """keep a frozen copy of the first policy: needed by kl_ref, and to meter the drift"""
     logprobs: Literal["auto", "reference", "tiled", "fused"] = "auto"
     """how log-probs are taken: from all logits at once, in tiles, in tiles with Triton on cuda; auto by their size"""
+    checkpointing: bool = False
+    """keep only each layer's input for the backward pass, which runs the layer again: less memory, more time"""
     keep_logits_gb: NonNegativeFloat = 0.0
     """GB of logits kept from forward to backward by tiled and fused, which then make them once and not twice"""
+
+
+@dataclass(config=STRICT)
+class Lora:
+    r: NonNegativeInt = 0
+    """rank of a LoRA adapter, which is then all of the policy that is trained; 0 = off, every weight is"""
+    alpha: PositiveFloat = 32.0
+    """the adapter's output is scaled by alpha / r"""
+    targets: str | list[str] = "all-linear"
+    """layers it stands beside: all-linear (all but the unembedding), a list of names, or a regular expression"""
+    full: list[str] = field(default_factory=list)
+    """layers that are trained themselves, by the end of their name, such as model.norm"""
 
 
 @dataclass(config=STRICT)
@@ -80,6 +106,18 @@ class Overlong:
     """tokens before sampling.max_new_tokens over which a reply's score falls; 0 = off"""
     coef: NonNegativeFloat = 1.0
     """how far it falls"""
+
+
+@dataclass(config=STRICT)
+class Scoring:
+    processes: NonNegativeInt | None = None
+    """that score text by code from a file; by default one per CPU, at most 8; 0 = none, and no limits"""
+    seconds: PositiveFloat = 10.0
+    """for a reply, or for a call that judges all replies of a step (TRL's)"""
+    memory_gb: PositiveFloat = 4.0
+    """that each process may take"""
+    failed: float = 0.0
+    """score of a reply whose scoring takes longer, raises or gives no finite number"""
 
 
 @dataclass(config=STRICT)
@@ -152,6 +190,8 @@ class Optim:
     """of AdamW"""
     weight_decay: NonNegativeFloat = 0.0
     """of AdamW"""
+    offload: bool = False
+    """AdamW, its moments and float32 masters in the CPU's memory: 8 bytes a weight less on the device, 12 of bf16"""
     max_skips: PositiveInt = 5
     """consecutive updates with a non-finite gradient after which the run gives up"""
 
@@ -197,10 +237,12 @@ class Config:
     resume: str | None = None
     """folder of a run to continue, bit for bit"""
     model: Model = field(default_factory=Model)
+    lora: Lora = field(default_factory=Lora)
     task: Plugin = plugin("addition")
     """prompts and their judge"""
-    reward: Plugin | None = None
-    """file.py:function; by default the task's score"""
+    reward: Annotated[dict[str, Any] | list[dict[str, Any]] | None, BeforeValidator(rewards)] = None
+    """one, or a list whose weighted sum counts; task = the task's own score, which is the default"""
+    scoring: Scoring = field(default_factory=Scoring)
     sampling: Sampling = field(default_factory=Sampling)
     truncation: Literal["terminal", "bootstrap", "mask"] = "terminal"
     """a reply that ran out of room: is over, is worth gamma V(s_T) more, or is not trained on"""

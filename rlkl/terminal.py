@@ -29,7 +29,8 @@ def progress(done: int, total: int) -> Iterator[Callable[[int], None]]:
 
 def show(step: int, row: dict[str, float], sample: dict) -> None:
     """One line of numbers, and one prompt with its reply and score."""
-    console.print(f"step {step:5d}  " + "  ".join(f"{name} {row[name]:.3g}" for name in SHOWN if name in row))
+    names = dict.fromkeys([*SHOWN[:2], *(name for name in row if name.startswith("heldout/")), *SHOWN[2:]])
+    console.print(f"step {step:5d}  " + "  ".join(f"{name} {row[name]:.3g}" for name in names if name in row))
     text = f"{sample['prompt']!r} → {sample['reply']!r}"
     console.print(f"  [dim]{escape(text[:200])}   score {sample['score']:g}[/]")
 

@@ -7,7 +7,7 @@ Every per-token tensor is (B, T) and **indexed by reply token**: column t is abo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
@@ -45,6 +45,7 @@ class Sampling(NamedTuple):
     top_k: int = 0  # evaluation only: a truncated sampling distribution biases the ratio
     top_p: float = 1.0
     min_p: float = 0.0
+    stop: Callable[[list[int]], bool] | None = None  # evaluation only: do these ids of a reply hold a stop string?
 
 
 class Evaluation(NamedTuple):

@@ -28,6 +28,7 @@ from rlkl.kl import KL, KL_LOSSES, KL_OLD_LOSSES
 from rlkl.losses import LOSSES
 from rlkl.preflight import needs_exact_kl
 from rlkl.rewards import REWARDS, from_task, judge
+from rlkl.rewards.scoring import Scoring, assemble
 from rlkl.selectors import SELECTORS
 from rlkl.tasks import TASKS
 from rlkl.types import Batch, Evaluation, Example
@@ -95,12 +96,20 @@ def selector(request):
 
 
 def make_task(name: str, folder):
-    """split -> task, with a small file of problems for the one that reads a file."""
-    if name != "jsonl":
-        return resolve({"name": name}, TASKS, "task")
+    """split -> task, with the options it needs, and a small file of problems for the one that reads files."""
     rows = [{"prompt": f"What is {n} + {n}? ", "answer": 2 * n, "level": n % 3} for n in range(40)]
-    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return resolve({"name": name, "path": str(folder / "sums.jsonl")}, TASKS, "task")
+    grade_school = [{"question": f"What is {n} + {n}?", "answer": f"It is <<{n}+{n}={2 * n}>>{2 * n}\n#### {2 * n}"}
+                    for n in range(40)]
+    halves = [{"problem": f"Halve ${n}$", "level": "Level 1", "solution": f"It is $\\boxed{{\\frac{{{n}}}{{2}}}}$."}
+              for n in range(1, 40, 2)]
+    files = {"jsonl": rows, "datasets": rows, "gsm8k": grade_school, "math": halves}
+    options = {"countdown": {"problems": 200}, "reasoning_gym": {"dataset": "chain_sum", "problems": 100},
+               "math": {"heldout_path": None}}.get(name, {})
+    if name in files:
+        path = folder / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, files[name])), encoding="utf-8")
+        options |= {"path": str(path)}
+    return resolve({"name": name, **options}, TASKS, "task")
 
 
 @pytest.fixture
@@ -127,8 +136,10 @@ def needed(name: str, folder) -> dict[str, str]:
 @pytest.fixture
 def reward(request, tmp_path):
     what, _, name = request.param.partition(" ")
-    if what != "task":
-        return resolve({"name": request.param} | needed(request.param, tmp_path), REWARDS, "reward")
+    if what != "task":  # any style of docs/rewards.md; in this process, so that a failure can be looked into
+        scoring = Scoring(0, seconds=10.0, failed=0.0, memory_gb=4.0, steps=1, say=warnings.warn)
+        section = {"name": request.param} | needed(request.param, tmp_path)
+        return assemble([section], from_task(lambda example, reply: 0.0), scoring)
     return from_task(make_task(name, tmp_path)("train").score)
 
 
@@ -651,14 +662,16 @@ def test_a_score_depends_on_nothing_but_the_example_and_the_reply(task):
 
 
 def test_the_right_answer_scores_one_and_an_empty_reply_less(task):
-    """heldout/accuracy counts a reply as right from a score of 1."""
+    """heldout/accuracy counts a reply as right from a score of 1. A task that wants more than the bare answer shows a
+    whole right reply in info["solution"]."""
     made = task("train")
     for example in some(made):
         if example.answer:
-            right, wrong = (total(made.score(example, reply)) for reply in (example.answer, ""))
+            reply = example.info.get("solution", example.answer)
+            right, wrong = (total(made.score(example, reply)) for reply in (reply, ""))
             assert wrong < 1, "an empty reply is right"
             if right < 1:
-                report(f"the bare answer {example.answer!r} scores {right}: right if the format is scored too", task,
+                report(f"the bare answer {reply!r} scores {right}: right if the format is scored too", task,
                        DEMONSTRATIONS)
 
 
@@ -680,11 +693,17 @@ def scores_of(reward, examples, replies, batch) -> dict[str, torch.Tensor]:
 def test_a_reward_gives_one_finite_score_a_reply_and_parts_alike(reward, problems):
     for name, x in scores_of(reward, *judged(problems)).items():
         assert x.shape == (B,), f"{name} must be (B,)"
-        assert x.isfinite().all(), f"{name} must be finite"
+        assert usable(reward, name, x), f"{name} must be finite, and no reply may fail"
     examples, _, batch = judged(problems)
     for i in range(0, len(GARBAGE), B):
         replies = (*GARBAGE, *GARBAGE)[i : i + B]
-        assert all(x.isfinite().all() for x in scores_of(reward, examples, replies, batch).values())
+        assert all(usable(reward, name, x) for name, x in scores_of(reward, examples, replies, batch).items())
+
+
+def usable(reward, name: str, x: torch.Tensor) -> bool:
+    """Finite, but for the NaN of a reply that a text reward says None of (judge refuses any other); none has failed."""
+    text = not hasattr(reward, "func")  # a built-in one or one that takes the Batch is a partial
+    return not (x.isinf() | (x.isnan() & (not text))).any() and not (name == "failed" and x.any())
 
 
 def test_the_options_of_a_reward_are_keywords(reward):
@@ -700,7 +719,8 @@ def test_the_scores_follow_their_rows(reward, problems, order):
     got = scores_of(reward, [examples[i] for i in order], [replies[i] for i in order], batch[order])
     assert set(got) == set(expected)
     for name, x in got.items():
-        torch.testing.assert_close(x, expected[name][order], msg=f"{name} depends on the order of the rows")
+        torch.testing.assert_close(
+            x, expected[name][order], equal_nan=True, msg=f"{name} depends on the order of the rows")
 
 
 def test_a_reward_writes_to_nothing_it_is_given(reward, problems):
@@ -718,7 +738,7 @@ def test_what_lies_behind_the_mask_changes_no_score(reward, problems):
     _, other = widened(problem()[0], batch)
     expected = scores_of(reward, examples, replies, batch)
     for name, x in scores_of(reward, examples, replies, other).items():
-        torch.testing.assert_close(x, expected[name], msg=f"{name} depends on padding")
+        torch.testing.assert_close(x, expected[name], equal_nan=True, msg=f"{name} depends on padding")
 
 
 # Where it leads: the exact expected gradient on an enumerated game, from the reference to where it ends

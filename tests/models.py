@@ -12,15 +12,20 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PhiConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from rlkl.model import CriticKind, Policy, left_pad
@@ -58,6 +63,15 @@ CONFIGS = {
     "cohere": (CohereConfig, COMMON | {"logit_scale": 1.7}),
     "phi": (PhiConfig, COMMON | {"num_key_value_heads": 4}),  # bias in the unembedding
     "mistral": (MistralConfig, COMMON | {"sliding_window": 6}),
+    "gemma3": (  # layers that slide and layers that do not, rotary embeddings of their own
+        Gemma3TextConfig,
+        COMMON | {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 12,
+                  "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "phi3": (Phi3Config, COMMON),
+    "olmo2": (Olmo2Config, COMMON),
+    "smollm3": (SmolLM3Config, COMMON | {"no_rope_layers": [1, 0]}),  # a layer without positions
+    "gpt_neox": (GPTNeoXConfig, COMMON),  # parallel residual, biases
 }
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [4]]
 

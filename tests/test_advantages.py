@@ -216,7 +216,7 @@ def test_rewards_on_several_tokens_are_summed_before_the_baseline(name):
     sums = torch.stack([r[m].sum() for r, m in zip(rewards, mask, strict=True)])
     once = torch.zeros_like(rewards)
     once[:, 0] = sums
-    everywhere = torch.ones_like(mask)
+    everywhere = mask.any(1, keepdim=True).expand_as(mask)  # the last row is not there in either
     expected = GROUP[name](once, None, everywhere, group_size=2)[0][:, :1]
     got = GROUP[name](rewards, None, mask, group_size=2)[0]
     torch.testing.assert_close(got, expected.expand_as(got) * mask, atol=1e-12, rtol=0)
@@ -468,3 +468,37 @@ def test_the_epsilon_of_grpo_is_too_small_to_be_seen():
     rewards, mask = torch.tensor([[1.0], [2.0], [4.0], [9.0]], dtype=torch.float64), torch.ones(4, 1, dtype=torch.bool)
     want = torch.tensor([[-0.842927], [-0.561951], [0.0], [1.404878]], dtype=torch.float64)
     torch.testing.assert_close(ADVANTAGES["grpo"](rewards, None, mask, group_size=4)[0], want, rtol=0, atol=2e-6)
+
+
+# Rows that are not there
+@pytest.mark.parametrize("lost", [0, 2, 3])
+@pytest.mark.parametrize(
+    ("name", "options"), [*((n, {}) for n in ADVANTAGES), ("grpo", {"scale": "batch"}), ("pass_at_k", {"k": 3})])
+def test_a_row_without_a_token_is_not_there_the_others_have_the_advantages_of_the_smaller_group(name, options, lost):
+    """No score, no sample: it is in no mean, no std and no count."""
+    mask = torch.tensor(RAGGED, dtype=torch.bool)
+    scores, values = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64), torch.full(mask.shape, 0.25).double()
+    rest = [row for row in range(4) if row != lost]
+    rewards = on_last(scores, mask)
+    expected = ADVANTAGES[name](rewards[rest], values[rest], mask[rest], group_size=3, **options)[0]
+    gone = mask.clone()
+    gone[lost] = False
+    got = ADVANTAGES[name](rewards.masked_fill(~gone, BAD), values, gone, group_size=4, **options)[0]
+    torch.testing.assert_close(got[rest], expected, atol=1e-12, rtol=0)
+    assert expected.any() or name in ("pass_at_k", "best_only")  # these see nothing in some groups of three
+    assert not got[lost].any()
+
+
+@pytest.mark.parametrize("name", [name for name in ADVANTAGES if name not in ("gae", "remax")])
+def test_one_row_that_is_left_of_a_group_or_none_has_no_advantage(name):
+    """And neither group touches the third, where two of four are left."""
+    mask = torch.ones(12, 3, dtype=torch.bool)
+    mask[[0, 1, 2, 4, 5, 6, 7, 8, 9]] = False
+    scores = torch.tensor([1.0, 0, 1, 1, 0, 1, 0, 1, 1, 0, 1, 0], dtype=torch.float64)
+    rewards = torch.zeros(mask.shape, dtype=torch.float64)
+    rewards[:, -1] = scores
+    got = ADVANTAGES[name](rewards, None, mask, group_size=4)[0]
+    assert got.isfinite().all()
+    if name != "reinforce_pp":  # no group there: one whitening over all tokens
+        assert not got[:8].any()
+    assert got[10:].any() or name == "pass_at_k"  # of two, one right, every pair passes

@@ -276,3 +276,28 @@ def test_explicit_and_implicit_are_as_the_table_says(held, converges):
     torch.testing.assert_close(distance(loss), held / (held + beta) * first)
     torch.testing.assert_close(distance(reward), (1 - beta / held) * first)
     assert (abs(1 - beta / held) < 1) == converges == (held > beta / 2)
+
+
+# docs/rewards.md
+def test_the_rewards_of_the_page_and_its_section_work_as_they_stand(tmp_path, monkeypatch):
+    from rlkl.rewards import judge
+    from rlkl.rewards.scoring import Scoring, assemble
+    from rlkl.types import Batch, Example
+
+    page = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    (section,), (code,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.S) for kind in ("yaml", "python"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text(code, encoding="utf-8")
+    (tmp_path / "page.yaml").write_text(section, encoding="utf-8")
+    cfg = config.load(["page.yaml"])
+    ids, mask = torch.tensor([[5, 5, 5, 5, 5], [5, 6, 0, 0, 0]]), torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+    batch = Batch(ids, mask, ids, mask, torch.zeros(2, 5), torch.zeros(2, dtype=torch.bool))
+    scoring = Scoring(0, cfg.scoring.seconds, cfg.scoring.failed, cfg.scoring.memory_gb, steps=1, say=print)
+    reward = assemble([*cfg.reward, {"name": "my_rewards.py:length"}], lambda e, r, b: ([1.0, 0.0], {}), scoring)
+    scores, parts = judge(reward, [Example("1+1=", "2"), Example("hi")], ["so 2", "x" * 10], batch)
+    expected = {"task": [1, 0], "brevity": [0.8, 0.5], "format_reward": [1, math.nan], "compute_score": [0, 0],
+                "repetition": [-0.1, 0], "length": [5, 2]}
+    for name, values in expected.items():
+        torch.testing.assert_close(parts[name], torch.tensor(values, dtype=torch.float32), equal_nan=True)
+    torch.testing.assert_close(scores, torch.tensor([1 + 0.08 + 1 - 0.1 + 5, 0.05 + 2]))
+    assert parts["failed"].tolist() == [0, 0]

@@ -236,19 +236,47 @@ def of_the_step(cfg, rows, updates, cuda):
     old = (updates > 1 or (cfg.kl_ref.coef > 0 and cfg.kl_ref.place == "reward") or care or critic > 0
            or cfg.selector is not None)
     width = {"auto": 2 if cuda else 4, "float32": 4, "bfloat16": 2, "float64": 8}[cfg.model.dtype]
-    adam = {2: 8 + 4, 4: 8, 8: 16}[width]  # two moments, of float32 masters if need be
+    wide = max(width, 4)  # of AdamW's two moments, and of a critic's head
     replied = int(min(cfg.optim.micro_tokens, rows * (prompt + room)) * room / (prompt + room))
     exact = cfg.kl_ref.coef > 0 and cfg.kl_ref.place == "loss" and cfg.kl_ref.estimator in EXACT
-    held = {"weights": (policy + critic) * width, "reference": policy * width if cfg.model.reference else 0,
-            "gradients": (policy + critic) * width, "optimizer": (policy + critic) * adam,
-            "kv_cache": 2 * layers * d * width * rows * (prompt + room),  # d = heads · 64
-            "logits": logits_held(cfg, replied, vocab, max(width, 4), exact, cuda)}
+    value, r = d + 1 if critic else 0, cfg.lora.r  # beside q k v o, and gate, up, down; and a norm
+    adapter = r * layers * (4 * 2 * d + 3 * (d + mlp)) + d * len(cfg.lora.full) if r else 0
+    moving, sampled = (adapter or policy) + critic - value, max(rows, min(1024, cfg.eval.prompts * cfg.eval.samples))
+    trained = moving * width + value * wide
+    held = {"weights": (policy + adapter + critic - value) * width + value * wide,
+            "reference": policy * width if cfg.model.reference and not r else 0,
+            "masters": moving * 4 if width == 2 else 0, "moments": 2 * (moving + value) * wide,
+            "kv_cache": 2 * layers * d * width * sampled * (prompt + room),  # d = heads · 64
+            # logits and log-probs, two of float64; a float32 copy of the unembedding
+            "choices": (2 * wide + 2 * 8) * sampled * vocab + (4 * vocab * d if width == 2 else 0),
+            "gradients": trained,
+            "activations": activations_held(cfg, rows, prompt + room, width, layers, d, heads, mlp),
+            "logits": logits_held(cfg, replied, vocab, wide, exact, cuda)}
+    held["resident"] = sum(held[name] for name in ("weights", "reference", "masters", "moments"))
+    held["sampling"] = held["kv_cache"] + held["choices"]
+    held["learning"] = trained + max(held["activations"] + held["logits"], trained if width == 2 else 0)
+    held["peak"] = held["resident"] + max(held["sampling"], held["learning"])
     assert d == heads * 64
     greedy = cfg.sampling.prompts if cfg.sampling.baseline == "greedy" else 0
     return {"prompt_tokens": prompt, "sampled_tokens": (rows + greedy) * room,
             "scored_tokens": (cfg.model.reference + old) * rows * (prompt + room),
             "learned_tokens": cfg.optim.epochs * rows * (prompt + room)} | {
-                f"{n}_gb": x / 1e9 for n, x in held.items()} | {"total_gb": sum(held.values()) / 1e9}
+                f"{n}_gb": x / 1e9 for n, x in held.items()}
+
+
+def activations_held(cfg, rows, length, width, layers, d, heads, mlp):
+    """What each operation of the tiny model keeps, counted by hand: a norm its input in float32, one number and its
+    output's factor; q, k, v and the gates what comes in; the attention q, k, v, its output, a mask and a number a head.
+    """
+    frozen, norm = 4 * d + 4, 4 * d + 4 + width * d
+    layer = 2 * norm + width * (d + 4 * d + d + 4 * mlp + length) + max(width, 4) * heads
+    rest = 8 + 2 * 64 * width + norm  # an id, the cosines and sines of its position, the last norm
+    if cfg.lora.r:  # seven A x more; norms are frozen but for the last, and the first one's input asks for no gradient
+        layer += 2 * (frozen - norm) + 7 * cfg.lora.r * width
+        rest -= frozen
+    tokens = length * min(max(cfg.optim.micro_tokens // length, 1), rows)
+    stored = layers * layer + rest + layer - width * d  # and one layer at work
+    return tokens * stored * (2 if cfg.model.critic == "network" else 1)
 
 
 def logits_held(cfg, tokens, vocab, width, exact, cuda):

@@ -14,6 +14,10 @@ LISTED = {"rlhf-book", "PaLM-rlhf", "TRL", "nanochat", "tiny-grpo", "simple_GRPO
     "cleanrl", "lm-human-preference-details", "minRLHF", "torchtune", "prime-rl", "nano-vllm", "verl"}
 
 
+# transformers wants them to be there; the engine gives positions and no mask, so nothing asks them.
+UNASKED = {f"SlotLayer.get_{name}" for name in ("seq_length", "max_length", "mask_sizes")}
+
+
 @EACH
 def test_a_mutant_is_another_line_that_still_parses(mutant):
     source = (ROOT / mutant.file).read_text(encoding="utf-8")
@@ -49,7 +53,7 @@ def test_there_are_many_and_no_function_has_more_than_two():
 @pytest.mark.parametrize("file", [*COVERED, *ROLLOUT])
 def test_every_public_function_has_one(file):
     names = {name for name, *_ in functions((ROOT / file).read_text(encoding="utf-8"))}
-    public = {name for name in names if not name.split(".")[-1].startswith("_")}
+    public = {name for name in names if not name.split(".")[-1].startswith("_")} - UNASKED
     assert public - {m.place[0] for m in MUTANTS if m.file == file} == set()
 
 

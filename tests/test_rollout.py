@@ -12,7 +12,8 @@ from rlkl.rollout import SAMPLERS, cached, naive, pick
 from rlkl.rollout.sample import draw_uniforms
 from rlkl.types import Batch, Sampling
 
-EVERY = ["llama", "tied", "qwen2", "qwen3", "gemma", "gemma2", "granite", "gpt2", "cohere", "phi", "mistral"]
+EVERY = ["llama", "tied", "qwen2", "qwen3", "gemma", "gemma2", "granite", "gpt2", "cohere", "phi", "mistral", "gemma3",
+         "phi3", "olmo2", "smollm3", "gpt_neox"]
 DOUBLE = [name for name in EVERY if name != "gemma2"]  # transformers' eager attention is nan there with left padding
 LAST = math.nextafter(1.0, 0.0)
 BOTH = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
@@ -26,7 +27,7 @@ BOTH = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_scoring_pass_gives_the_samplers_logprobs_and_every_finished_row_ends_in_an_eos(name, temperature):
     policy = tiny_policy(name)
     ids, mask = prompts()
-    batch = cached(policy, ids, mask, uniforms(24, 12, seed=3), rule(temperature))
+    batch = cached(policy, ids, mask, uniforms(48, 24, seed=3), rule(temperature))
     scored = policy.evaluate(batch).logprobs
     assert (scored - batch.sampler_logprobs).abs().max() <= 2e-5
     assert batch.sampler_logprobs.dtype == scored.dtype == torch.float32
@@ -35,7 +36,7 @@ def test_scoring_pass_gives_the_samplers_logprobs_and_every_finished_row_ends_in
     for reply, truncated in zip(replies(batch), batch.truncated.tolist(), strict=True):
         assert not any(token in EOS for token in reply[:-1])
         assert truncated == (reply[-1] not in EOS)
-        assert len(reply) == 12 or not truncated
+        assert len(reply) == 24 or not truncated
         ends.add(None if truncated else reply[-1])
     assert len(ends) > 2, "the draw must hold truncated rows and rows that end in different members of the set"
     assert None in ends

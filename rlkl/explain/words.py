@@ -14,7 +14,7 @@ import torch
 
 from rlkl.algorithm import Algorithm, algorithm, in_reward, updates
 from rlkl.errors import UserError
-from rlkl.explain.footprint import architecture, memory, tokens
+from rlkl.explain.footprint import architecture, described, memory, tokens, width_of
 from rlkl.explain.measure import FORWARD, NOTHING, OTHER, SEQUENCE, TOKEN, games_for, pull
 from rlkl.explain.optimum import binary_forward, binary_reverse, binary_threshold
 from rlkl.explain.predict import Law, law, predict
@@ -257,12 +257,8 @@ def size(said: Explanation, cfg: Config, exact: bool, cuda: bool) -> None:
     said.say("size of a step", "tokens    at most {sampled_tokens} sampled, {scored_tokens} scored, {learned_tokens} "
              "learned from; prompts of up to {prompt_tokens}", sampled_tokens=count.sampled, scored_tokens=count.scored,
              learned_tokens=count.learned, prompt_tokens=count.prompt)
-    named = {"float32": 4, "bfloat16": 2, "float64": 8, "auto": 2 if cuda else 4}
-    found = memory(cfg, config, count.prompt, named[cfg.model.dtype], exact, cuda)._asdict()
-    parts = ", ".join(f"{name.replace('_', ' ')} {{{name}_gb}}" for name in found)
-    said.say("size of a step", f"memory    {{total_gb}} GB: {parts}; activations come on top",
-             **{f"{n}_gb": float(f"{x / 1e9:.3g}") for n, x in found.items()},
-             total_gb=float(f"{sum(found.values()) / 1e9:.3g}"))
+    for line, numbers in described(memory(cfg, config, count.prompt, width_of(cfg, cuda), exact, cuda)):
+        said.say("size of a step", line, **numbers)
 
 
 def summary(function: object) -> str:

@@ -1,1 +1,1 @@
-"""The two functions on a tile of logits: plain.py in torch, logits.py in Triton, which nothing else imports."""
+"""Triton, which nothing else imports: logits.py with its torch twin plain.py, and sampling.py."""

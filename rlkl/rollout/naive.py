@@ -10,7 +10,7 @@ from einops import repeat
 from torch import Tensor
 
 from rlkl.model import positions
-from rlkl.rollout.sample import pick, sampling_mode
+from rlkl.rollout.sample import cut, pick, sampling_mode
 from rlkl.types import Batch, Sampling
 
 if TYPE_CHECKING:
@@ -37,16 +37,15 @@ def decode(logits: Callable[[Tensor, Tensor], Tensor], prompt_ids: Tensor, promp
     ids, attended = prompt_ids, prompt_mask
     eos = torch.tensor(rule.eos_ids, device=ids.device, dtype=ids.dtype)
     alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    tokens, masks, logprobs = [], [], []
+    columns = []
     for u in uniforms.unbind(1):
         token, logprob = pick(logits(ids, attended), u, rule)
         token = torch.where(alive, token, rule.pad_id)
-        tokens.append(token)
-        masks.append(alive)
-        logprobs.append(logprob)
+        columns.append((token, alive, logprob))
         ids, attended = torch.cat([ids, token[:, None]], 1), torch.cat([attended, alive[:, None]], 1)
         alive = alive & ~torch.isin(token, eos)  # the EOS itself was sampled: it is an action, and stays in the mask
         if not alive.any():
             break
-    return Batch(prompt_ids, prompt_mask, torch.stack(tokens, 1), torch.stack(masks, 1), torch.stack(logprobs, 1),
-        truncated=alive, temperature=rule.temperature or 1.0)
+    sampled = (torch.stack(column, 1) for column in zip(*columns, strict=True))
+    batch = Batch(prompt_ids, prompt_mask, *sampled, truncated=alive, temperature=rule.temperature or 1.0)
+    return batch if rule.stop is None else cut(batch, rule)

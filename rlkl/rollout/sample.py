@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from rlkl.types import Sampling
+from rlkl.types import Batch, Sampling
 
 
 def draw_uniforms(rows: int, columns: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
@@ -48,6 +49,22 @@ def nucleus(logp: Tensor, rule: Sampling) -> Tensor:
     keep &= ordered.exp().cumsum(-1) - ordered.exp() < rule.top_p  # the mass before an id has not reached top_p yet
     keep &= ordered >= ordered[:, :1] + torch.tensor(rule.min_p).log()
     return torch.zeros_like(keep).scatter(-1, order, keep)
+
+
+def cut(batch: Batch, rule: Sampling) -> Batch:
+    """Each reply up to the token that completes the first stop string; such a reply is finished, not truncated.
+
+    The log-probs of what is left are as valid as before. For evaluation only: no policy is trained to end like that.
+    """
+    length, truncated, stop = batch.mask.sum(1), batch.truncated.clone(), rule.stop or (lambda ids: False)
+    for row, ids in enumerate(batch.response_ids.tolist()):
+        if stop(ids := ids[: length[row]]):
+            length[row] = bisect.bisect_left(range(len(ids)), True, key=lambda n, ids=ids: stop(ids[:n]))
+            truncated[row] = False
+    mask = torch.arange(int(length.max()), device=length.device) < length[:, None]
+    tokens = torch.where(mask, batch.response_ids[:, : mask.shape[1]], rule.pad_id)
+    return Batch(batch.prompt_ids, batch.prompt_mask, tokens, mask, batch.sampler_logprobs[:, : mask.shape[1]],
+                 truncated, batch.temperature)
 
 
 @contextmanager

@@ -1,7 +1,16 @@
-"""Where prompts come from and how a reply is judged: task(split, **options) with __len__, __getitem__ and score."""
+"""Where prompts come from and how a reply is judged: task(split, **options) with __len__, __getitem__ and score.
+
+A task may also have grade(example, reply) -> {name: number}: what a held-out evaluation reports beside accuracy.
+"""
 
 from rlkl.tasks.addition import Addition
+from rlkl.tasks.countdown import Countdown
+from rlkl.tasks.gsm8k import GSM8K
+from rlkl.tasks.gym import ReasoningGym
+from rlkl.tasks.hub import Hub
 from rlkl.tasks.jsonl import Jsonl
+from rlkl.tasks.mathematics import Mathematics
 from rlkl.tasks.reviews import Reviews
 
-TASKS = {"addition": Addition, "jsonl": Jsonl, "reviews": Reviews}
+TASKS = {"addition": Addition, "jsonl": Jsonl, "datasets": Hub, "gsm8k": GSM8K, "math": Mathematics,
+         "countdown": Countdown, "reasoning_gym": ReasoningGym, "reviews": Reviews}

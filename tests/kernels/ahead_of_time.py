@@ -12,16 +12,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rlkl.kernels import logits
+from rlkl.kernels import logits, sampling
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-NUMBERS = {"scale", "softcap", "ref_scale", "ref_softcap"}
+NUMBERS = {"scale", "softcap", "ref_scale", "ref_softcap", "inverse_temperature"}
 WIDTHS = [16_384, 4480]  # a whole tile, and the last one of 151,936 columns
 ARCHITECTURES = [(a, w) for a in (80, 90) for w in WIDTHS] + [(100, 4480), (120, 4480)]
 # Registers of a thread with Triton 3.7.1, the most on any architecture, and 10 % more: (reference, bias and soft-cap).
 MOST = {
     "accumulate_kernel": {(False, False): 44, (False, True): 53, (True, False): 62, (True, True): 80},
     "dlogits_kernel": {(False, False): 44, (False, True): 53, (True, False): 53, (True, True): 88},
+    "inverse_cdf_kernel": {(False, False): 82},
 }
 every = pytest.mark.parametrize("options", [False, True], ids=["plain", "bias and soft-cap"])
 either = pytest.mark.parametrize("reference", [False, True], ids=["no reference", "reference"])
@@ -30,7 +31,8 @@ targets = pytest.mark.parametrize(("architecture", "width"), ARCHITECTURES)
 
 def compiled(kernel, architecture: int, constants: dict, options: dict, out: str = "*fp32"):
     """With the alignment that Triton finds at run time: tensors of 16 bytes, strides of multiples of 16."""
-    names = {"IDS": "*i64", "OUT": out} | dict.fromkeys(NUMBERS, "fp32") | dict.fromkeys(constants, "constexpr")
+    names = {"IDS": "*i64", "OUT": out, "UNIFORMS": "*fp64"} | dict.fromkeys(NUMBERS, "fp32")
+    names |= dict.fromkeys(constants, "constexpr")
     types = {a: names.get(a, "i32" if a.startswith("stride") else "*fp32") for a in kernel.arg_names}
     aligned = [i for i, (a, t) in enumerate(types.items()) if t.startswith("*") or a.startswith("stride")]
     source = ASTSource(fn=kernel, signature=types, constexprs=constants,
@@ -85,3 +87,11 @@ def test_dlogits_spills_nothing_and_waits_before_it_writes(architecture, width, 
     assert all(x.endswith((".64", ".128")) for x in stores)
     first = re.search(r"\bSTG", sass).start()
     assert "BAR.SYNC" in sass[:first], "the tile is written in its own place: every thread must have read its part"
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
+def test_sampling_spills_nothing_and_reads_a_padded_vocabulary_16_bytes_at_a_time(architecture, tmp_path):
+    launch = dict(sampling.SAMPLE)
+    constants = {"WIDTH": 151_643, "READ": 151_648, "BLOCKS": 64, "BLOCK": launch.pop("BLOCK")}  # Qwen2.5
+    sass = check(sampling.inverse_cdf_kernel, architecture, constants, launch, False, False, tmp_path)
+    assert len(re.findall(r"\bLDG", sass)) == 2 * 2 + 1, "a block twice, and one uniform: nothing narrow"

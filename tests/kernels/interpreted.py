@@ -12,11 +12,14 @@ import torch
 from test_tiles import HEADS, OUTPUTS, RAGGED, REFERENCES, SUBSETS, Case, M, V, case, normal, relative, run, specified
 from torch import Tensor
 
-from rlkl.kernels import logits, plain
+from rlkl.kernels import logits, plain, sampling
 from rlkl.kernels.logits import TRITON
 from rlkl.kernels.plain import Caps, Finished, Sums, Upstream, Work
 from rlkl.logprobs import token_logprobs
+from rlkl.rollout.one_pass import inverse_cdf
+from rlkl.rollout.sample import pick
 from rlkl.tiles import Shape, tiled
+from rlkl.types import Sampling
 
 np.seterr(all="ignore")  # both sides of a tl.where are computed
 DTYPES = [torch.float32, torch.bfloat16]
@@ -190,3 +193,36 @@ def test_dlogits_is_its_twins_in_the_memory_of_the_tile(subset, capped, dtype):
         torch.testing.assert_close(a.double(), b, rtol=5e-6, atol=5e-6)
     else:  # rounded once; the interpreter rounds towards zero
         torch.testing.assert_close(a.double(), b, rtol=2**-7, atol=5e-6)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("width", [1, 33, 97, 700])
+@pytest.mark.parametrize("block", [16, 64, 4096])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampling_is_its_twin_and_the_rule(width, block, temperature, monkeypatch):
+    """Rows wider than the vocabulary, ids of probability 0, uniforms at both ends; the padding holds what would win."""
+    monkeypatch.setattr(sampling, "SAMPLE", {"BLOCK": block, "num_warps": 4})
+    g = torch.Generator().manual_seed(width)
+    rows = 3 * torch.randn(40, width + 7, generator=g)
+    rows[:, 1:width:3] = -torch.inf
+    rows[:, width:] = 50.0
+    u = torch.rand(40, generator=g, dtype=torch.float64)
+    u[:2] = torch.tensor([0.0, 1 - 2**-53])
+    ids, logprobs = sampling.inverse_cdf(rows[:, :width], u, temperature)
+    twin = inverse_cdf(rows[:, :width] / temperature, u)
+    rule = pick(rows[:, :width], u, Sampling(temperature))
+    assert ids.tolist() == twin[0].tolist() == rule[0].tolist()
+    assert ids.dtype == torch.long
+    for other in (twin, rule):
+        assert (logprobs - other[1]).abs().max() <= 2e-6
+
+
+def test_sampling_keeps_to_the_last_block_that_has_any_probability(monkeypatch):
+    monkeypatch.setattr(sampling, "SAMPLE", {"BLOCK": 16, "num_warps": 4})
+    rows = torch.full((3, 100), -torch.inf)
+    rows[:, [20, 35]] = 0.0
+    ids, logprobs = sampling.inverse_cdf(rows, torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64), 1.0)
+    assert ids.tolist() == [20, 35, 35]
+    assert torch.allclose(logprobs, torch.tensor(0.5).log())
