@@ -34,9 +34,9 @@ from rlkl import config
 from rlkl.build import build, pick_device
 from rlkl.terminal import console
 
-PROMPTS, GROUP, VOCABULARY = 8, 8, 64
+PROMPTS, GROUP, VOCABULARY = 32, 8, 64
 KINDS = {  # tokens of a reply; a random model ends with chance 1/64 a token: 205 of them are 30 % used
-    "fixed": 64, "ragged": 205}
+    "fixed": 128, "ragged": 205}
 REWARD = """
 def share(examples, replies, batch):
     digits = ((batch.response_ids >= 30) & (batch.response_ids < 40) & batch.mask).sum(1)
@@ -45,7 +45,7 @@ def share(examples, replies, batch):
 
 
 def checkpoint(folder: Path) -> Any:
-    """A Qwen2 of 1M parameters with a tokenizer of single characters, saved as any other."""
+    """A Qwen2 of 4M parameters with a tokenizer of single characters, saved as any other."""
     names = ["<pad>", "<eos>", "<bos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789 +-=*?.,"]
     names += [f"<extra{i}>" for i in range(VOCABULARY - len(names))]
     core = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))
@@ -54,7 +54,7 @@ def checkpoint(folder: Path) -> Any:
                                         unk_token="<unk>", padding_side="left")
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8,
         num_key_value_heads=2, max_position_embeddings=4096, pad_token_id=0, eos_token_id=1, bos_token_id=2,
         tie_word_embeddings=False))
     model.save_pretrained(folder)
@@ -64,7 +64,8 @@ def checkpoint(folder: Path) -> Any:
 
 def prompts() -> list[str]:
     g = torch.Generator().manual_seed(0)
-    return ["".join(str(d) for d in torch.randint(0, 10, (16,), generator=g).tolist()) for _ in range(2048)]
+    lengths = torch.randint(16, 65, (2048,), generator=g).tolist()
+    return ["".join(str(d) for d in torch.randint(0, 10, (n,), generator=g).tolist()) for n in lengths]
 
 
 class Ours:
@@ -78,7 +79,7 @@ class Ours:
             f"model.name={folder}/model", "model.reference=false", "task.name=jsonl",
             f"task.path={folder}/prompts.jsonl", f"reward.name={folder}/share.py:share", "sampling.backend.name=engine",
             f"sampling.prompts={PROMPTS}", f"sampling.group_size={GROUP}", f"sampling.max_new_tokens={KINDS[kind]}",
-            "optim.lr=1e-5", "optim.warmup=0", "optim.micro_tokens=1000000", "eval.prompts=1"])
+            "optim.lr=1e-5", "optim.warmup=0", "eval.prompts=1"])
         self.parts = build(self.cfg, pick_device("auto"), Console(quiet=True))
         if kind == "fixed":
             self.parts.rule = self.parts.rule._replace(eos_ids=())
@@ -111,13 +112,13 @@ def trainer(folder: Path, tokenizer: Any, kind: str, steps: int) -> Any:
 
 
 def measure(kind: str, steps: int) -> dict[str, Any]:
-    """Medians over the steps, the first two of each left out, and of the ratios of neighbours."""
+    """Medians over the steps, the first of each left out, and of the ratios of neighbours."""
     mine: list[tuple[float, int]] = []
     theirs: list[tuple[float, int]] = []
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
         folder = Path(name)
         tokenizer = checkpoint(folder / "model")
-        us, them = Ours(folder, kind), trainer(folder, tokenizer, kind, steps + 2)
+        us, them = Ours(folder, kind), trainer(folder, tokenizer, kind, steps + 1)
         counted, generate = [0], them._generate
 
         def counting(*args: Any, **kwargs: Any) -> Any:
@@ -138,7 +139,7 @@ def measure(kind: str, steps: int) -> dict[str, Any]:
 
         them.add_callback(Turns())
         them.train()
-    mine, theirs = mine[2:], theirs[2:]
+    mine, theirs = mine[1:], theirs[1:]
     per_token = [(b / m) / (a / n) for (a, n), (b, m) in zip(mine, theirs, strict=True)]
     return {"seconds": {"rlkl": statistics.median(a for a, _ in mine), "trl": statistics.median(b for b, _ in theirs)},
             "tokens": {"rlkl": statistics.median(n for _, n in mine), "trl": statistics.median(m for _, m in theirs)},
@@ -147,7 +148,7 @@ def measure(kind: str, steps: int) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")

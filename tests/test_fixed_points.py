@@ -545,6 +545,20 @@ def test_the_kl_in_the_reward_is_explicit_and_the_kl_in_the_loss_implicit(kind, 
         assert distance < max(TIGHT, abs(factor) ** 60)
 
 
+def test_a_trust_region_alone_only_sets_the_speed_of_the_drift():
+    """T3. Without a KL to the reference log pi_k = log ref + k · r / b: no trust region ever stops it."""
+    held, old, divergence = 3.0, LOG_REF, {}
+    for k in range(1, 401):
+        table = (old - slope(old, old, "none") / old.exp() / held).log_softmax(0)
+        if k <= 5:
+            assert slope(table, old, "none", prox=held).abs().max() < 1e-12
+            assert tv(table.exp(), (LOG_REF + k * BANDIT.scores / held).softmax(0)) < TIGHT
+        old = table
+        divergence[k] = float(old.exp() @ (old - LOG_REF))
+    assert [divergence[k] for k in (1, 5, 20, 400)] == pytest.approx([0.023, 0.750, 2.954, 2.9957], abs=6e-4)
+    assert divergence[400] == pytest.approx(-np.log(REF[R.argmax()]), abs=1e-9)
+
+
 def outer(table, kind: str, steps: int, loss=surrogate) -> torch.Tensor:
     """One rollout and `steps` updates on it, plain descent at rate 1."""
     old = table.log_softmax(0)
