@@ -206,7 +206,7 @@ def run(cfg: Config, argv: list[str], parts: Parts, start: Path | None) -> Path:
         state = State(**checkpoint.restore(start, parts.policy, parts.optimizer))
     console.print(selfcheck(cfg, parts, fresh=start is None))
     log = RunLog(folder, asdict(cfg), wandb_mode=cfg.log.wandb, project=cfg.log.project, start=state.step)
-    measure = partial(accuracy, parts, temperature=cfg.eval.temperature, max_new_tokens=cfg.sampling.max_new_tokens)
+    measure = partial(accuracy, cfg, parts)
 
     def save() -> Path:
         path = checkpoint.save(folder, state.step, parts.policy, parts.tokenizer, parts.optimizer, asdict(state))

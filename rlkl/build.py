@@ -87,8 +87,7 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
         console.print(f"[yellow]note:[/] {escape(trap)}")
     make_task = resolve(cfg.task, TASKS, "task")
     task, heldout_task = make_task("train"), make_task("heldout")
-    scoring = Scoring(**asdict(cfg.scoring), steps=cfg.optim.steps, say=lambda line: console.print(
-        f"[yellow]note:[/] {escape(line)}"))
+    scoring = scoring_of(cfg, console)
     reward, score = from_task(task.score), task.score
     if cfg.task["name"] not in TASKS:  # somebody else's code
         reward, score = scoring.task(cfg.task, task.score)
@@ -116,7 +115,6 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
     optimizer = Optimizer(policy.parameter_groups(), lrs, betas=cfg.optim.betas, weight_decay=cfg.optim.weight_decay,
                           max_grad_norm=cfg.optim.max_grad_norm, offload=cfg.optim.offload)
 
-    heldout = draw(range(len(heldout_task)), min(cfg.eval.prompts, len(heldout_task)), seed=0, step=0)
     for each in filter(None, (policy, reference)):
         each.backend, each.keep_bytes = cfg.model.logprobs, int(cfg.model.keep_logits_gb * 1e9)
     chunks = partial(policy.in_head_chunks, tokens=cfg.optim.head_tokens) if cfg.optim.head_tokens else policy.whole
@@ -126,8 +124,21 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
         sampler, reward, scoring, chosen.advantage, chosen.selector, chosen.loss, chosen.kl_ref, chosen.kl_old,
         reads_old(cfg),
         train=that_fit(cfg, policy, tokenizer, [task[i] for i in range(len(task))], "train", console),
-        heldout=that_fit(cfg, policy, tokenizer, [heldout_task[i] for i in heldout], "held-out", console),
+        heldout=heldout_of(cfg, policy, tokenizer, heldout_task, console),
         solved=partial(solved, score), grade=partial(judged, "grade", getattr(task, "grade", lambda *_: {})))
+
+
+def scoring_of(cfg: Config, console: Console) -> Scoring:
+    """The processes that score text, none started yet."""
+    return Scoring(**asdict(cfg.scoring), steps=cfg.optim.steps, say=lambda line: console.print(
+        f"[yellow]note:[/] {escape(line)}"))
+
+
+def heldout_of(cfg: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase, task: Any, console: Console
+               ) -> list[Example]:
+    """The held-out prompts, the same ones for every seed."""
+    chosen = draw(range(len(task)), min(cfg.eval.prompts, len(task)), seed=0, step=0)
+    return that_fit(cfg, policy, tokenizer, [task[i] for i in chosen], "held-out", console)
 
 
 def solved(score: Callable[[Example, str], float | dict[str, float]], example: Example, reply: str) -> bool:

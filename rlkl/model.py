@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
@@ -225,9 +225,16 @@ def load(
     return policy.eval(), tokenizer  # eval from here on: dropout would make the ratio differ from 1 before any update
 
 
-def export(name: str, folder: str) -> None:
-    """Write a checkpoint as an ordinary Hugging Face directory in float32, a LoRA adapter merged into its base."""
-    policy, tokenizer = load(name)
+def export(name: str, folder: str, dtype: torch.dtype = torch.float32, temperature: float = 1.0) -> None:
+    """Write a checkpoint as an ordinary Hugging Face directory, a LoRA adapter merged into its base, in float32.
+
+    `generate` of what is written samples what was trained: nothing is cut off or penalised, whatever the base declared.
+    """
+    policy, tokenizer = load(name, dtype=dtype)
+    rule = sampling_rule(policy, tokenizer, temperature)
+    policy.lm.generation_config = GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, eos_token_id=list(rule.eos_ids),
+        pad_token_id=rule.pad_id)
     policy.lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -45,7 +45,7 @@ def flat(tree: dict, prefix: str = "") -> dict:
     """{"a": {"b": 1}} → {"a.b": 1}; the items of a list of sections count from 0."""
     rows = {}
     for key, value in tree.items():
-        if isinstance(value, list) and all(isinstance(x, dict) for x in value):
+        if value and isinstance(value, list) and all(isinstance(x, dict) for x in value):
             value = dict(enumerate(value))
         rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return rows

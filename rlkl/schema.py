@@ -206,6 +206,8 @@ class Eval:
     """k of pass@k, before and after"""
     temperature: PositiveFloat = 1.0
     """of the sampled accuracy"""
+    stop: list[Annotated[str, Field(min_length=1)]] = field(default_factory=list)
+    """texts of which the first to appear ends a held-out reply"""
 
 
 @dataclass(config=STRICT)
@@ -266,10 +268,8 @@ class Config:
         """What no single key can see."""
         rows = self.sampling.prompts * self.sampling.group_size
         if self.optim.minibatch and self.optim.minibatch > rows:
-            raise ValueError(
-                f"optim.minibatch={self.optim.minibatch} is larger than the rollout of {rows} rows "
-                "(sampling.prompts * sampling.group_size)"
-            )
+            raise ValueError(f"optim.minibatch={self.optim.minibatch} is larger than the rollout of {rows} rows "
+                             "(sampling.prompts * sampling.group_size)")
         if self.sampling.unanimous == "drop" and self.sampling.group_size == 1:
             raise ValueError(
                 "sampling.unanimous=drop would drop every group of 1: set sampling.group_size >= 2, or keep")

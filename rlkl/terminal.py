@@ -42,9 +42,10 @@ def before_and_after(before: dict[str, float], after: dict[str, float], title: s
     console.print(table)
 
 
-def usage(doc: str, options: list[tuple[str, str, str, str]], command: str = "train.py") -> None:
+def usage(doc: str, options: list[tuple[str, str, str, str]], command: str = "train.py",
+          names: str = "[CONFIG.yaml ...]") -> None:
     """Every option with its type, default and one line."""
-    console.print(escape(f"{doc}\nusage: {command} [CONFIG.yaml ...] [key=value ...]   later arguments win\n"))
+    console.print(escape(f"{doc}\nusage: {command} {names} [key=value ...]   later arguments win\n"))
     table = Table("option", "type", "default", "", box=None, pad_edge=False)
     for row in options:
         table.add_row(*map(escape, row))

@@ -241,7 +241,7 @@ def of_the_step(cfg, rows, updates, cuda):
     exact = cfg.kl_ref.coef > 0 and cfg.kl_ref.place == "loss" and cfg.kl_ref.estimator in EXACT
     value, r = d + 1 if critic else 0, cfg.lora.r  # beside q k v o, and gate, up, down; and a norm
     adapter = r * layers * (4 * 2 * d + 3 * (d + mlp)) + d * len(cfg.lora.full) if r else 0
-    moving, sampled = (adapter or policy) + critic - value, max(rows, min(1024, cfg.eval.prompts * cfg.eval.samples))
+    moving, sampled = (adapter or policy) + critic - value, max(rows, cfg.eval.samples)
     trained = moving * width + value * wide
     held = {"weights": (policy + adapter + critic - value) * width + value * wide,
             "reference": policy * width if cfg.model.reference and not r else 0,

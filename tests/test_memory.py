@@ -1,12 +1,14 @@
 """Checkpointing and offload change bytes and no bit; the memory plan is what is really held."""
 
 import copy
+import io
 import re
 import weakref
 
 import pytest
 import torch
 from models import CONFIGS, VOCAB, causal_lm, forced, prompts, ragged, rule, uniforms
+from rich.console import Console
 from runs_fixture import PPO, arguments, differences, resume, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config
@@ -14,6 +16,7 @@ from transformers import Qwen2Config
 import rlkl.explain.footprint as footprint
 import train
 from rlkl import config, heldout, lora, tiny
+from rlkl.build import build
 from rlkl.errors import UserError
 from rlkl.explain import explain
 from rlkl.explain.activations import kept
@@ -257,8 +260,20 @@ def test_a_choice_of_tokens_takes_what_is_planned():
     assert 0.8 * planned < peak.most + logits.numel() * 4 <= 1.01 * planned
 
 
-def test_evaluation_samples_as_many_rows_as_the_plan_says():
-    assert footprint.EVALUATED == heldout.ROWS
+@pytest.mark.parametrize(("samples", "planned"), [(1, 16), (3, 16), (40, 40)])
+def test_evaluation_samples_no_more_rows_at_once_than_the_plan_says(base, here, samples, planned):
+    """A rollout's, so that it fits where training does; but all the samples of a prompt are sampled together."""
+    cfg = config.load(arguments(base, f"eval.samples={samples}", "eval.prompts=30"))
+    parts, rows = build(cfg, torch.device("cpu"), Console(file=io.StringIO())), []
+    sampler, parts.heldout = parts.sampler, parts.heldout * 6
+    parts.sampler = lambda *args: rows.append(len(args[3])) or sampler(*args)
+    heldout.accuracy(cfg, parts, samples=samples)
+    assert len(parts.heldout) > 16
+    assert planned - samples < max(rows) <= planned
+    design = footprint.architecture(cfg)[0]
+    one, all_of_them = (footprint.memory(config.load(arguments(base, f"eval.samples={n}")), design, 7, 4, False, False)
+                        for n in (1, samples))
+    assert all_of_them.kv_cache / one.kv_cache == planned / 16
 
 
 def test_a_large_model_is_counted_without_its_weights_in_memory():

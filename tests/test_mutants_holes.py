@@ -10,6 +10,7 @@ from rlkl import heldout, logprobs
 from rlkl.advantages import ADVANTAGES
 from rlkl.logprobs import token_logprobs
 from rlkl.model import encode, left_pad
+from rlkl.schema import Config
 from rlkl.tiny import character_tokenizer
 from rlkl.types import Example, Head, Sampling
 
@@ -39,8 +40,8 @@ def test_pass_at_2_of_4_is_the_share_of_the_6_pairs_that_hold_a_right_one(correc
 def test_two_copies_of_a_prompt_are_two_prompts_to_pass_at_k(monkeypatch):
     found = [(0, True, {}), (0, False, {}), (1, True, {}), (1, False, {})]
     monkeypatch.setattr(heldout, "replies", lambda *_: iter(found))
-    parts = SimpleNamespace(rule=Sampling(), heldout=[Example("1+1=", "2"), Example("1+1=", "2")])
-    result = heldout.accuracy(parts, samples=2, temperature=1.0, max_new_tokens=4)
+    parts = SimpleNamespace(rule=Sampling(), tokenizer=None, heldout=[Example("1+1=", "2"), Example("1+1=", "2")])
+    result = heldout.accuracy(Config(), parts, samples=2)
     assert result["accuracy"] == 0.5
     assert result["pass@2"] == 1.0
 

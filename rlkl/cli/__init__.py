@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from rlkl.cli import dpo, explain, label, reward_model, sft
+from rlkl.cli import chat, dpo, evaluate, explain, export, label, report, reward_model, sft
 from rlkl.errors import UserError
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "explain": explain.main, "sft": sft.main, "label": label.main, "reward-model": reward_model.main, "dpo": dpo.main}
+    "explain": explain.main, "sft": sft.main, "label": label.main, "reward-model": reward_model.main, "dpo": dpo.main,
+    "eval": evaluate.main, "chat": chat.main, "report": report.main, "export": export.main}
 
 
 def main(argv: list[str] | None = None) -> int:

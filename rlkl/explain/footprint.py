@@ -24,7 +24,6 @@ from rlkl.tiles import tile_for
 LOGITS_HELD = 6  # (M, V) float32 tensors that the plain log-prob holds at its peak; twice as many with an exact KL
 TILES_HELD = 4, 6  # a tile's products and what is made of them at the peak; with an exact KL
 PROMPTS = 1000  # looked at for the longest
-EVALUATED = 1024  # replies sampled at once by heldout.py
 DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
 
@@ -107,7 +106,7 @@ def memory(cfg: Config, config: Any, longest: int, width: int, exact: bool, cuda
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     rows, length = cfg.sampling.prompts * cfg.sampling.group_size, longest + cfg.sampling.max_new_tokens
-    sampled = max(rows, min(EVALUATED, cfg.eval.prompts * cfg.eval.samples))
+    sampled = max(rows, cfg.eval.samples)  # held out, at most a rollout at once, but a prompt's replies together
     replied = min(cfg.optim.micro_tokens, rows * length) * cfg.sampling.max_new_tokens // length
     away = cfg.optim.offload
     return Memory(
@@ -210,12 +209,7 @@ def remedies(cfg: Config, longest: int) -> Iterator[tuple[str, Config]]:
     yield "model.checkpointing=true", replace(cfg, model=model)
     yield "optim.offload=true", replace(cfg, optim=replace(o, offload=True))
     yield f"optim.micro_tokens={micro}", replace(cfg, optim=replace(o, micro_tokens=micro))
-    rows = cfg.sampling.prompts * cfg.sampling.group_size
-    few = max(rows // cfg.eval.samples, 1)  # as many replies at once as a rollout has
-    evaluation = replace(cfg.eval, prompts=min(few, cfg.eval.prompts))
-    yield f"eval.prompts={evaluation.prompts}", replace(cfg, eval=evaluation)
-    yield "these together", replace(cfg, lora=lora, model=model, eval=evaluation,
-                                    optim=replace(o, offload=True, micro_tokens=micro))
+    yield "these together", replace(cfg, lora=lora, model=model, optim=replace(o, offload=True, micro_tokens=micro))
     sampling = replace(cfg.sampling, prompts=half)
     yield f"sampling.prompts={half}", replace(cfg, sampling=sampling, optim=replace(o, minibatch=None))
 

@@ -1,0 +1,102 @@
+"""Held-out evaluation of a run's checkpoint beside the model it started from: sampled, greedy, pass@k, grades.
+
+With the options of the run, and its own plug-ins: unless something is changed here, the numbers of its report.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlkl import config, runs
+from rlkl.build import TABLES, heldout_of, judged, pick_device, scoring_of, solved
+from rlkl.cli.finished import Run, asked_for_help, both, checkpoint_of, find, parse, say
+from rlkl.config import resolve
+from rlkl.errors import UserError
+from rlkl.heldout import Exam, accuracy
+from rlkl.model import sampling_rule
+from rlkl.rollout import SAMPLERS
+from rlkl.schema import Config
+from rlkl.schema_runs import Chosen
+from rlkl.tasks import TASKS
+from rlkl.terminal import before_and_after, console
+
+READ = ("eval.prompts", "eval.samples", "eval.temperature", "eval.stop", "sampling.max_new_tokens",
+        "sampling.max_prompt_tokens", "sampling.backend", "sampling.prompts", "sampling.group_size", "task", "scoring",
+        "model.dtype", "device")  # what an evaluation reads of a config: prompts * group_size is its rows at once
+
+
+def main(argv: list[str]) -> None:
+    """held-out accuracy of a run before and after: sampled, greedy, pass@k; options of the run may be changed"""
+    options = config.options(TABLES, Chosen) + [row for row in config.options(TABLES) if reads(row[0])]
+    if asked_for_help(argv, "eval", "RUN", __doc__ or "", options):
+        return
+    (path,), changes = parse(argv, "eval", "RUN")
+    run = find(path)
+    chosen = config.load([c for c in changes if c.startswith("step=")], schema=Chosen)
+    cfg = changed(run, [c for c in changes if not c.startswith("step=")])
+    folder = checkpoint_of(run, chosen.step)
+    device = pick_device(cfg.device)
+    before, after, count = measured(cfg, folder, device)
+    title = f"{folder}: {count} held-out prompts, {cfg.eval.samples} replies each, temperature {cfg.eval.temperature:g}"
+    before_and_after(before, after, title)
+    flat = runs.flat(asdict(cfg))
+    result = {"checkpoint": folder.name, "prompts": count, "before": before, "after": after,
+              "options": {key: x for key, x in flat.items() if reads(key)}}
+    say(f"written: {write(run.folder, result)}")
+
+
+def reads(key: str) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in READ)
+
+
+def changed(run: Run, changes: list[str]) -> Config:
+    """The run's config with its own copies of plug-ins, and what is changed here. UserError on what is not read."""
+    tree = run.tree | {"task": kept(run, run.tree["task"])}
+    tree["sampling"] = tree["sampling"] | {"backend": kept(run, tree["sampling"]["backend"])}
+    cfg, start = config.load(changes, tree), config.build(tree)
+    before, after = (runs.flat(asdict(c)) for c in (start, cfg))
+    if other := [k for k in sorted({*before, *after}) if before.get(k) != after.get(k) and not reads(k)]:
+        raise UserError(f"rlkl eval does not read {other[0]}; it reads step, {', '.join(READ)}")
+    return cfg
+
+
+def kept(run: Run, plugin: dict[str, Any]) -> dict[str, Any]:
+    """A plug-in from a file as the run keeps it, however the file was changed or moved since."""
+    file, colon, function = plugin["name"].rpartition(":")
+    copy = run.folder / "plugins" / Path(file).name
+    return plugin | {"name": f"{copy}:{function}"} if colon and file.endswith(".py") and copy.is_file() else plugin
+
+
+def measured(cfg: Config, folder: Path, device: torch.device) -> tuple[dict[str, float], dict[str, float], int]:
+    """Held-out numbers before and after, and of how many prompts."""
+    sampler, task = resolve(cfg.sampling.backend, SAMPLERS, "sampling.backend"), resolve(cfg.task, TASKS, "task")(
+        "heldout")
+    tokenizer, *policies = both(cfg, folder, device)
+    examples, results = heldout_of(cfg, policies[0], tokenizer, task, console), []
+    with scoring_of(cfg, console) as scoring, console.status("") as status:
+        score = task.score if cfg.task["name"] in TASKS else scoring.task(cfg.task, task.score)[1]
+        for when, policy in zip(("before", "after"), policies, strict=True):
+            status.update(f"{len(examples)} held-out prompts, {when}")
+            exam = Exam(policy, tokenizer, sampling_rule(policy, tokenizer, cfg.eval.temperature), sampler, examples,
+                        solved=partial(solved, score), grade=partial(judged, "grade", getattr(task, "grade", no_grade)))
+            results.append(accuracy(cfg, exam, samples=cfg.eval.samples))
+    return results[0], results[1], len(examples)
+
+
+def no_grade(example: object, reply: str) -> dict[str, float]:
+    return {}
+
+
+def write(folder: Path, result: dict[str, Any]) -> Path:
+    """eval-1.json, eval-2.json, …: none is overwritten."""
+    number = 1
+    while (path := folder / f"eval-{number}.json").exists():
+        number += 1
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    return path
