@@ -1,4 +1,4 @@
-"""A reward model with a blind spot: it was learned from preferences, and sees which words there are, not their order."""
+"""A reward model with a blind spot: learned from preferences, it sees which words there are, and not their order."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def counts(replies: Sequence[str], words: Sequence[str]) -> Tensor:
 
 
 def fit(pairs: Sequence[Pair], l2: float = 1e-3, steps: int = 300) -> dict[str, float]:
-    """Bradley-Terry on bags of words, a logistic regression: {word: weight}. The loss is that of `rlkl reward-model`."""
+    """{word: weight} by Bradley-Terry on bags of words: a logistic regression by the loss of `rlkl reward-model`."""
     texts = [reply for pair in pairs for reply in (pair.chosen, pair.rejected)]
     words = sorted({word for text in texts for word in text.split()})
     rows, weights = counts(texts, words), torch.zeros(len(words), requires_grad=True)

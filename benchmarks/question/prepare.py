@@ -1,4 +1,4 @@
-"""What every arm starts from, made once: the base, pairs of its replies that the gold grader labels, the reward model."""
+"""What every arm starts from, made once: the base, pairs of its replies labelled by the gold grader, a reward model."""
 
 from __future__ import annotations
 
