@@ -188,8 +188,7 @@ def test_the_measured_kl_is_that_of_the_replies_and_zero_for_the_base_itself(mon
 
 def test_an_arm_that_is_there_is_not_run_again_and_one_that_was_cut_off_is(monkeypatch, tmp_path):
     ran, out = [], tmp_path / "arms.jsonl"
-    monkeypatch.setattr(grid, "load", lambda _: (None, None))
-    monkeypatch.setattr(grid, "measure", lambda _: made(Arm("reference", "reference", 0, ())))
+    monkeypatch.setattr(grid, "start", lambda: made(Arm("reference", "reference", 0, ())))
     monkeypatch.setattr(grid, "run", lambda arm: (ran.append(arm.key), made(arm))[1])
     grid.measure_all(arms.quick()[:3], out, processes=1)
     assert len(ran) == 3
@@ -198,6 +197,26 @@ def test_an_arm_that_is_there_is_not_run_again_and_one_that_was_cut_off_is(monke
     rows = grid.measure_all(arms.quick(), out, processes=1)
     assert ran[3:] == [arms.quick()[2].key, arms.quick()[3].key]
     assert [row["key"] for row in rows] == ["reference/reference/0", *(arm.key for arm in arms.quick())]
+
+
+def test_an_arm_that_was_interrupted_is_no_result(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(grid.train, "train", lambda cfg, argv: tmp_path)  # ends in good order, and early
+    monkeypatch.setattr(grid, "prepare", dict)
+    monkeypatch.setattr(grid, "start", lambda: made(Arm("reference", "reference", 0, ())))
+    out = tmp_path / "arms.jsonl"
+    assert grid.main(["--quick", "--processes", "1", "--out", str(out)]) == 130
+    assert "the same command continues" in capsys.readouterr().err
+    assert len(read_rows(out)) == 1
+
+
+def test_what_is_missing_is_said_in_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert grid.main(["--quick"]) == 2  # not in the repository's root: no config there
+    assert capsys.readouterr().err.startswith("error: configs/question-sft.yaml: no such config file")
+    for command in (tables.main, figures.main):
+        with pytest.raises(SystemExit, match="holds no results"):
+            command(["none.jsonl"])
 
 
 # Tables and pictures
@@ -209,7 +228,8 @@ def made(arm: Arm, gold: float = 0.0, proxy: float = 20.0, valid: float = 0.1, k
     curves = {name: [0.1 * i for i in range(steps)] for name in grid.CURVES}
     if "loss=surrogate" in arm.overrides:
         curves["clip_fraction"] = [None] * steps
-    return {**grid.head(arm), "wall_seconds": 2.0, "cpu_seconds": 1.0, "final": final,
+    learned = {"pairs": 10, "heldout_accuracy": 0.9, "words": {"great": 2.0, "cat": 0.1}}
+    return {**grid.head(arm), "wall_seconds": 2.0, "cpu_seconds": 1.0, "final": final, "reward_model": learned,
             "samples": ["the great cat sees a dog . great", "", "great " * 24] * 2, "curves": curves}
 
 
@@ -239,7 +259,7 @@ def test_tables_fill_a_page_twice_the_same_and_change_nothing_else(rows):
     page = "a\n" + "\nb\n".join(f"<!-- {name} -->\n<!-- /{name} -->" for name in tables.sections(rows)) + "\nc\n"
     once = tables.filled(page, rows)
     assert tables.filled(once, rows) == once
-    assert once.startswith("a\n<!-- claims -->\n| claim |")
+    assert once.startswith("a\n<!-- reward -->\n| pairs |")
     assert once.endswith("\nc\n")
 
 

@@ -16,8 +16,7 @@ from matplotlib.figure import Figure
 from benchmarks.question import setting, simplex
 from benchmarks.question.arms import CORNERS
 from benchmarks.question.grammar import KIND, LETTER, SENTENCE
-from benchmarks.question.tables import RESULTS, group, reference
-from rlkl.log import read_rows
+from benchmarks.question.tables import group, reference, results
 
 DOCS = Path("docs")
 STYLE = {"svg.hashsalt": "rlkl", "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False,
@@ -152,7 +151,7 @@ def wrapped(reply: str, width: int) -> Iterable[tuple[list[str], list[bool]]]:
 
 
 def main(argv: list[str]) -> None:
-    rows = read_rows(Path(argv[0]) if argv else RESULTS)
+    rows = results(argv)
     with matplotlib.rc_context(STYLE):
         figures = {"setting": setting.draw(), "simplex": simplex.draw(), "corners": corners_over_time(rows),
                    "goodhart": goodhart(rows), "knobs": which_knob(rows), "samples": samples(rows)}

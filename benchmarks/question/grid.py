@@ -9,6 +9,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,11 +21,12 @@ import torch
 import train
 from benchmarks.question.arms import CONFIG, SEEDS, Arm, grid, quick
 from benchmarks.question.grammar import PROMPT, Grammar
-from benchmarks.question.prepare import BASE, prepare
+from benchmarks.question.prepare import BASE, REWARD, prepare
 from benchmarks.question.tables import show
 from rlkl import runs
 from rlkl.config import load as load_config
 from rlkl.config import resolve
+from rlkl.errors import UserError
 from rlkl.log import read_rows
 from rlkl.model import Policy, decode, encode, left_pad, load, sampling_rule
 from rlkl.rewards import REWARDS
@@ -50,7 +52,9 @@ def run(arm: Arm) -> dict:
             path = train.train(runs.configure(argv), argv)
         finally:
             console.quiet = False
-        rows = read_rows(Path(scratch) / "run" / "metrics.jsonl")
+        rows, steps = read_rows(Path(scratch) / "run" / "metrics.jsonl"), load_config(argv).optim.steps
+        if len(rows) < steps:  # train.py ends in good order on Ctrl-C
+            raise KeyboardInterrupt(f"{arm.key} was stopped after {len(rows)} of {steps} steps")
         policy, _ = load(str(path))
     spent = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
     curves = {name: [short(row.get(key)) for row in rows] for name, key in CURVES.items()}
@@ -59,6 +63,14 @@ def run(arm: Arm) -> dict:
 
 def head(arm: Arm) -> dict:
     return {"key": arm.key, **arm._asdict()}
+
+
+def start() -> dict:
+    """The row of what every arm starts from: the base, measured like an arm, and what the reward model learned."""
+    learned = json.loads(REWARD.read_text(encoding="utf-8"))
+    learned["words"] = {word: short(weight) for word, weight in learned["words"].items()}
+    return head(Arm("reference", "reference", 0, ())) | {
+        "where": runs.provenance("make question"), "reward_model": learned} | measure(load(str(BASE))[0])
 
 
 @torch.no_grad()
@@ -95,7 +107,11 @@ def results(arms: Sequence[Arm], processes: int) -> Iterator[dict]:
         yield from map(run, arms)
         return
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        yield from (done.result() for done in as_completed([pool.submit(run, arm) for arm in arms]))
+        try:
+            yield from (done.result() for done in as_completed([pool.submit(run, arm) for arm in arms]))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # what has not begun is not begun
+            raise
 
 
 def measure_all(arms: Iterable[Arm], out: Path, processes: int) -> list[dict]:
@@ -103,8 +119,7 @@ def measure_all(arms: Iterable[Arm], out: Path, processes: int) -> list[dict]:
     rows = read_rows(out)
     write(out, rows)  # without a last line that was cut off
     if not any(row["group"] == "reference" for row in rows):
-        append(out, head(Arm("reference", "reference", 0, ())) | {"where": runs.provenance("make question")}
-               | measure(load(str(BASE))[0]))
+        append(out, start())
     have = {row["key"] for row in rows if row["group"] != "reference"}
     missing = [arm for arm in arms if arm.key not in have]
     console.print(f"{out}: {len(missing)} arms to run, {len(have)} are there")
@@ -128,16 +143,24 @@ def append(out: Path, row: dict) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.question.grid", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the four corners at 16 epochs, one seed")
     parser.add_argument("--processes", type=int, default=2, help="arms at once, one thread each")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--out", type=Path, default=Path("runs/question/arms.jsonl"))
     args = parser.parse_args(argv)
-    prepare()
-    show(measure_all(quick() if args.quick else grid(tuple(args.seeds)), args.out, args.processes))
+    try:
+        prepare()
+        show(measure_all(quick() if args.quick else grid(tuple(args.seeds)), args.out, args.processes))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted: the arms that are done stay in {args.out}; the same command continues", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.question.arms import CORNERS, ESTIMATORS
+from benchmarks.question.grammar import KIND
 from rlkl.log import read_rows
 
 RESULTS = Path("benchmarks/results/question.jsonl")
@@ -23,6 +24,23 @@ def group(rows: list[dict], name: str, arm: str | None = None) -> list[dict]:
 
 def reference(rows: list[dict]) -> dict[str, float]:
     return group(rows, "reference")[0]["final"]
+
+
+def results(argv: list[str]) -> list[dict]:
+    """The rows of the file that a command names, or of the one that is committed."""
+    path = Path(argv[0]) if argv else RESULTS
+    if not (rows := read_rows(path)):
+        sys.exit(f"error: {path} holds no results: python -m benchmarks.question.grid --out {path} makes them")
+    return rows
+
+
+def reward(rows: list[dict]) -> str:
+    """What the reward model learned."""
+    found = group(rows, "reference")[0]["reward_model"]
+    kind, other = ([w for word, w in found["words"].items() if (word in KIND) == wanted] for wanted in (True, False))
+    return table(["pairs", "right on held-out pairs", "weights of kind words", "weights of the other words"],
+                 [[str(found["pairs"]), f"{found['heldout_accuracy']:.1%}",
+                   *(f"{min(ws):.2f} to {max(ws):.2f}" for ws in (kind, other))]])
 
 
 def seeds(rows: list[dict], of: Callable[[dict], float], form: str = ".2f") -> str:
@@ -46,14 +64,14 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 def corners(rows: list[dict], epochs: int) -> str:
     """A number a seed: what is paid, what is wanted, and both KLs."""
     base = reference(rows)
-    lines = [["the base", *(f"{base[n]:.2f}" for n in ("proxy", "gold", "valid", "kl_pi_ref_seq")), "–"]]
+    lines = [["the base", *(f"{base[n]:.2f}" for n in ("proxy", "gold", "valid", "kl_pi_ref_seq")), "–", "–"]]
     for corner in CORNERS:
         arms = group(rows, str(epochs), corner)
         lines.append([corner, seeds(arms, final("proxy"), ".1f"), seeds(arms, final("gold")),
                       seeds(arms, final("valid")), seeds(arms, final("kl_pi_ref_seq"), ".1f"),
-                      seeds(arms, peak("kl_old_pi"), ".2g")])
-    return table([f"{epochs} epochs", "proxy", "gold", "valid", "KL(π‖ref), a reply", "peak KL(π_old‖π), a token"],
-                 lines)
+                      seeds(arms, peak("kl_old_pi"), ".2g"), seeds(arms, peak("gold"), ".1f")])
+    return table([f"{epochs} epochs", "proxy", "gold", "valid", "KL(π‖ref), a reply", "peak KL(π_old‖π), a token",
+                  "best gold on the way"], lines)
 
 
 def health(rows: list[dict]) -> str:
@@ -132,8 +150,9 @@ def claims(rows: list[dict]) -> str:
 
 def sections(rows: list[dict]) -> dict[str, str]:
     """What stands between `<!-- name -->` and `<!-- /name -->` on the page."""
-    return {"claims": claims(rows), "corners-16": corners(rows, 16), "corners-4": corners(rows, 4),
-            "health": health(rows), "equal": at_equal_kl(rows)} | {name: sweep(rows, name) for name in ESTIMATORS}
+    fixed = {"reward": reward(rows), "claims": claims(rows), "corners-16": corners(rows, 16),
+             "corners-4": corners(rows, 4), "health": health(rows), "equal": at_equal_kl(rows)}
+    return fixed | {name: sweep(rows, name) for name in ESTIMATORS}
 
 
 def filled(page: str, rows: list[dict]) -> str:
@@ -153,7 +172,7 @@ def show(rows: list[dict]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    rows = read_rows(Path(argv[0]) if argv else RESULTS)
+    rows = results(argv)
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
     print(PAGE)
 
