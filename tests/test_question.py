@@ -252,6 +252,7 @@ def test_gold_at_equal_kl_lies_on_the_line_between_the_two_ends_around_it(rows):
     assert tables.between(ends, 2) == pytest.approx(0.5)
     assert tables.between(ends, 5) == pytest.approx(0.0)
     assert tables.between(ends, 0.5) is tables.between(ends, 10) is None
+    assert tables.between([ends[0], ends[2]], 2) is None  # 1 and 9 nats: no telling
     assert tables.at_equal_kl(rows).count("-1.00 / 0.00 / 1.00") > 5
 
 

@@ -14,10 +14,11 @@ NO_CLIP, NO_KL = "loss=surrogate", "kl_ref.coef=0"
 CORNERS = {"neither": (NO_CLIP, NO_KL), "clip": (NO_KL,), "kl": (NO_CLIP,), "both": ()}
 ESTIMATORS = {  # where KL(pi || ref) is charged and how: (place, estimator), and the coefficients
     "k1": (("reward", "k1"), (0.15, 0.3, 0.4, 0.5, 0.7, 1, 2)),
-    "k3": (("loss", "k3"), (0.3, 0.5, 1, 2, 4)),
+    "k3": (("loss", "k3"), (0.3, 0.5, 0.6, 0.7, 0.8, 1, 1.4, 2, 4)),
     "exact": (("loss", "exact_pi_ref"), (0.3, 0.5, 0.7, 1, 2)),
     "wk3_token": (("loss", "wk3_token"), (0.3, 0.5, 0.7, 1, 2)),
     "wk3_prefix": (("loss", "wk3_prefix"), (0.3, 0.5, 0.7, 1, 2)),
+    "rao_blackwell": (("loss", "rao_blackwell"), (0.3, 0.5, 0.7, 1, 2)),
 }
 
 

@@ -27,7 +27,8 @@ LINES = {"neither": "--", "clip": "-", "kl": "--", "both": "-"}  # solid with th
 SWEEPS = {"k1": ("k1 in the reward", "o", "#009E73"), "k3": ("k3 in the loss (GRPO)", "s", "#CC79A7"),
           "exact": ("exact KL at each token, in the loss", "^", "#0072B2"),
           "wk3_token": ("w·k3 at each token, in the loss", "v", "#E69F00"),
-          "wk3_prefix": ("prefix-w·k3, the reply's own KL, in the loss", "D", "#56B4E9")}
+          "wk3_prefix": ("w·k3 of the reply, in the loss", "D", "#D55E00"),
+          "rao_blackwell": ("exact KL of the reply, in the loss", "P", "#56B4E9")}
 FLOOR = 1e-4  # what a logarithmic axis shows of 0
 
 

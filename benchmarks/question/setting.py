@@ -30,7 +30,7 @@ def draw() -> Figure:
     label(axes, 2.9, KL_OLD, "kl_old: KL(π_old ‖ π), or the clip",
           "The trust region: how far one rollout may take π.\n0 again at the next. It changes the way there.")
     label(axes, 7.1, KL_REF, "kl_ref: KL(π ‖ ref)",
-          "How far π may go at all. Never 0 again.\nIt changes where training ends.")
+          "How far π may go at all, from first step to last.\nIt changes where training ends.")
     arrow(axes, (1.5, 3.48), (1.5, 2.42), PLAIN)
     arrow(axes, (2.78, 1.9), (3.07, 1.9), PLAIN)
     arrow(axes, (5.13, 1.9), (5.47, 1.9), PLAIN)

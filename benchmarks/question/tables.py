@@ -15,7 +15,8 @@ from rlkl.log import read_rows
 
 RESULTS = Path("benchmarks/results/question.jsonl")
 PAGE = Path("docs/question-results.md")
-EQUAL = (2.0, 5.0, 8.0)  # nats a reply, at which estimators are compared
+EQUAL = (2.0, 4.0, 8.0)  # nats a reply, at which estimators are compared
+NEAR = 3.0  # ends further apart than this factor of KL say nothing of what is between them
 
 
 def group(rows: list[dict], name: str, arm: str | None = None) -> list[dict]:
@@ -113,10 +114,10 @@ def at_equal_kl(rows: list[dict]) -> str:
 
 
 def between(arms: list[dict], kl: float) -> float | None:
-    """Gold at `kl` on the line through the nearest end below and the nearest above; None if one is missing."""
+    """Gold at `kl` on the line through the nearest ends below and above; None if one is missing, or they are far."""
     ends = sorted((r["final"]["kl_pi_ref_seq"], r["final"]["gold"]) for r in arms)
     for (x0, y0), (x1, y1) in pairwise(ends):
-        if x0 <= kl <= x1:
+        if x0 <= kl <= x1 <= NEAR * x0:
             return y0 + (y1 - y0) * (kl - x0) / (x1 - x0)
     return None
 
