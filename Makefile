@@ -7,10 +7,10 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline PYTHONPATH=.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check learn crash golden mutants compat bench gpu
+.PHONY: help setup train test check learn question question-quick figures crash golden mutants compat bench gpu
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
 $(BIN)/.run: pyproject.toml constraints.txt
 	@echo "installing rlkl into $(VENV)"
@@ -37,6 +37,16 @@ check: $(BIN)/.dev  ## lint and types
 
 learn: $(BIN)/.dev  ## PPO and GRPO from 3 seeds, and a control with shuffled advantages: about 20 minutes
 	@$(BIN)/python tests/learn.py
+
+question: $(BIN)/.run  ## KL or trust region? 105 arms, 3 seeds, an hour; an arm that was run is not run again
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.question.grid
+
+question-quick: $(BIN)/.run  ## its four corners at 16 epochs, one seed: about 3 minutes
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.question.grid --quick
+
+figures: $(BIN)/.run  ## the pictures and tables of docs/question-results.md: make figures RESULTS=runs/question/arms.jsonl
+	@$(BIN)/python -m benchmarks.question.figures $(RESULTS)
+	@$(BIN)/python -m benchmarks.question.tables $(RESULTS)
 
 crash: $(BIN)/.dev  ## kill -9 at 20 random moments, resumed each time, against an uninterrupted run
 	@$(TEST) $(BIN)/python tests/crash.py
