@@ -242,13 +242,15 @@ def of_the_step(cfg, rows, updates, cuda):
     value, r = d + 1 if critic else 0, cfg.lora.r  # beside q k v o, and gate, up, down; and a norm
     adapter = r * layers * (4 * 2 * d + 3 * (d + mlp)) + d * len(cfg.lora.full) if r else 0
     moving, sampled = (adapter or policy) + critic - value, max(rows, cfg.eval.samples)
+    if cfg.sampling.backend["name"] == "engine":
+        sampled = min(sampled, cfg.sampling.backend.get("slots") or (256 if cuda else 128))
     trained = moving * width + value * wide
     held = {"weights": (policy + adapter + critic - value) * width + value * wide,
             "reference": policy * width if cfg.model.reference and not r else 0,
             "masters": moving * 4 if width == 2 else 0, "moments": 2 * (moving + value) * wide,
             "kv_cache": 2 * layers * d * width * sampled * (prompt + room),  # d = heads · 64
             # logits and log-probs, two of float64; a float32 copy of the unembedding
-            "choices": (2 * wide + 2 * 8) * sampled * vocab + (4 * vocab * d if width == 2 else 0),
+            "choices": (2 * wide + 2 * 8) * sampled * vocab + (4 * vocab * d if width == 2 and not cuda else 0),
             "gradients": trained,
             "activations": activations_held(cfg, rows, prompt + room, width, layers, d, heads, mlp),
             "logits": logits_held(cfg, replied, vocab, wide, exact, cuda)}

@@ -40,8 +40,8 @@ MAY_IMPORT = {  # module or package → what of ours it may import, itself aside
     "rewards": {"config", "errors", "model", "types"},
     "preflight": {"errors", "losses", "rewards", "types"},
     "algorithm": {"advantages", "config", "errors", "kl", "losses", "preflight", "schema", "types"},
-    "explain": {"algorithm", "config", "errors", "kl", "logprobs", "lora", "losses", "model", "rewards", "schema",
-                "tasks", "tiles", "tiny", "types"},
+    "explain": {"algorithm", "config", "errors", "kl", "logprobs", "lora", "losses", "model", "rewards", "rollout",
+                "schema", "tasks", "tiles", "tiny", "types"},
     "runs": {"config", "errors", "schema"},
 }
 ONLY = {  # library → the modules that may import it

@@ -247,6 +247,19 @@ def test_the_kv_cache_is_planned_to_the_byte():
     assert planned == found * 16 // 15  # the last token is sampled, and never fed
 
 
+def test_an_engine_holds_keys_and_values_of_its_slots_alone():
+    kind, options = CONFIGS["llama"]
+
+    def planned(*more: str, cuda: bool = False) -> int:
+        cfg = config.load(["sampling.prompts=50", "sampling.group_size=8", "eval.samples=1", *more])
+        return footprint.memory(cfg, kind(**options), 7, 4, False, cuda).kv_cache
+
+    row = planned("sampling.backend=cached") // 400
+    for slots, more, cuda in ((128, [], False), (256, [], True), (9, ["sampling.backend.slots=9"], True)):
+        assert planned("sampling.backend.name=engine", *more, cuda=cuda) == slots * row
+    assert planned("sampling.backend.name=engine", "sampling.backend.slots=1000") == 400 * row
+
+
 def test_a_choice_of_tokens_takes_what_is_planned():
     """(B, V): logits, log-probs, and probabilities and their running sum in float64."""
     from rlkl.rollout.sample import pick

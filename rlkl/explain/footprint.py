@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from rlkl.errors import UserError
 from rlkl.explain.activations import kept
 from rlkl.logprobs import LOGITS_BUDGET
 from rlkl.model import encode, first_line
+from rlkl.rollout import SAMPLERS
+from rlkl.rollout.engine import slots_on
 from rlkl.schema import Config, Lora
 from rlkl.tasks import TASKS
 from rlkl.tiles import tile_for
@@ -107,6 +110,7 @@ def memory(cfg: Config, config: Any, longest: int, width: int, exact: bool, cuda
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     rows, length = cfg.sampling.prompts * cfg.sampling.group_size, longest + cfg.sampling.max_new_tokens
     sampled = max(rows, cfg.eval.samples)  # held out, at most a rollout at once, but a prompt's replies together
+    sampled = at_once(cfg, sampled, cuda)
     replied = min(cfg.optim.micro_tokens, rows * length) * cfg.sampling.max_new_tokens // length
     away = cfg.optim.offload
     return Memory(
@@ -114,10 +118,16 @@ def memory(cfg: Config, config: Any, longest: int, width: int, exact: bool, cuda
         reference=count.policy * width * (cfg.model.reference and not cfg.lora.r),
         masters=0 if away else masters, moments=0 if away else moments, host=masters + moments if away else 0,
         kv_cache=2 * text.num_hidden_layers * heads * head * width * sampled * length,
-        choices=((2 * wide + 16) * sampled + 4 * text.hidden_size * (width == 2)) * text.vocab_size,
+        choices=((2 * wide + 16) * sampled + 4 * text.hidden_size * (width == 2 and not cuda)) * text.vocab_size,
         gradients=trained,
         activations=activations(cfg, config, length, DTYPES[width]),
         logits=logits(cfg, replied, text.vocab_size, wide, exact, cuda))
+
+
+def at_once(cfg: Config, rows: int, cuda: bool) -> int:
+    """Replies that hold keys and values at the same time: all of them, or as many as the backend has slots."""
+    options = signature(resolve(cfg.sampling.backend, SAMPLERS, "sampling.backend")).parameters
+    return rows if "slots" not in options else min(rows, options["slots"].default or slots_on("cuda" if cuda else "cpu"))
 
 
 class Count(NamedTuple):

@@ -52,7 +52,7 @@ def engine(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Te
                            graphs=graphs and device == "cuda" and not dynamic_positions(policy), compile=compile)
             return run.batch(*(repeat(x, "n p -> (n g) p", g=group) for x in (prompt_ids, prompt_mask)))
 
-    slots, why = slots or SLOTS.get(device, 128), unsupported(policy)
+    slots, why = slots or slots_on(device), unsupported(policy)
     try:
         if why is None:
             return sampled(slots)
@@ -65,6 +65,10 @@ def engine(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Te
         return sampled(max(slots // 2, 1))
     say(f"sampling.backend=engine cannot serve {policy.lm.config.model_type} ({why}): sampled by cached instead")
     return cached(policy, prompt_ids, prompt_mask, uniforms, rule)
+
+
+def slots_on(device: str) -> int:
+    return SLOTS.get(device, 128)
 
 
 @functools.cache
