@@ -51,6 +51,8 @@ def check_plugins(advantage: Callable[..., tuple[Tensor, Tensor | None]], loss: 
             f"loss.name={names[1]}: must give (B, T) tensors; for a {tuple(batch.mask.shape)} batch it gave {wrong}")
     if not per_token.requires_grad:
         raise UserError(f"loss.name={names[1]}: its loss does not depend on new.logprobs, so it has no gradient")
+    if critic and torch.autograd.grad(per_token.sum(), new.values, allow_unused=True)[0] is None:
+        raise UserError(f"loss.name={names[1]} does not train the critic: set model.critic=none, or loss.name=ppo")
 
 
 def _selected(selector: Callable[..., Tensor], batch: Batch) -> Tensor:

@@ -6,8 +6,10 @@ import filecmp
 import importlib.metadata
 import json
 import platform
+import re
 import shutil
 import subprocess
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,8 +58,8 @@ def open_folder(cfg: Config, argv: list[str]) -> Path:
     plugins = plugin_files(cfg)
     if cfg.resume:
         folder = Path(cfg.resume)
-        for file in plugins:
-            kept = folder / "plugins" / file.name
+        for file, name in plugins.items():
+            kept = folder / "plugins" / name
             if not filecmp.cmp(file, kept, shallow=False):
                 raise UserError(
                     f"resume={folder}: {file} differs from {kept}, which the run was started with: "
@@ -74,7 +76,7 @@ def open_folder(cfg: Config, argv: list[str]) -> Path:
     return make_folder(folder, cfg, plugins, " ".join(["python", "train.py", *argv]))
 
 
-def make_folder(folder: Path, cfg: Any, plugins: list[Path], command: str) -> Path:
+def make_folder(folder: Path, cfg: Any, plugins: dict[Path, str], command: str) -> Path:
     """A new run folder: what was run, on what, and the plug-ins' files. UserError where it cannot be written."""
     try:
         (folder / "checkpoints").mkdir(parents=True)
@@ -82,17 +84,20 @@ def make_folder(folder: Path, cfg: Any, plugins: list[Path], command: str) -> Pa
     except OSError as error:
         raise UserError(f"run={folder}: cannot be written: {error.strerror}") from error
     (folder / "provenance.json").write_text(json.dumps(provenance(command), indent=1), encoding="utf-8")
-    for file in plugins:
-        shutil.copy(file, folder / "plugins" / file.name)
+    for file, name in plugins.items():
+        shutil.copy(file, folder / "plugins" / name)
     plain = json.loads(json.dumps(asdict(cfg)))  # tuples as lists
     text = yaml.safe_dump(plain, sort_keys=False)
     (folder / "config.yaml").write_text(text, encoding="utf-8")  # last: with it the run may be resumed
     return folder
 
 
-def plugin_files(cfg: Any) -> list[Path]:
-    """The file of every `name: file.py:function`."""
-    return [Path(v.rpartition(":")[0]) for k, v in flat(asdict(cfg)).items() if k.endswith("name") and ".py:" in str(v)]
+def plugin_files(cfg: Any) -> dict[Path, str]:
+    """The file of every `file.py:function`, and what it is kept as: its name, or its path where two have one name."""
+    values = (re.fullmatch(r"(\S+\.py):\w+", str(value)) for value in flat(asdict(cfg)).values())
+    files = dict.fromkeys(Path(found[1]) for found in values if found)
+    names = Counter(file.name for file in files)
+    return {file: file.name if names[file.name] == 1 else "_".join(file.parts).lstrip("/_") for file in files}
 
 
 def numbered(stem: Path) -> Path:

@@ -13,7 +13,7 @@ from rlkl.advantages import ADVANTAGES
 from rlkl.build import TABLES
 from rlkl.config import load, resolve
 from rlkl.errors import UserError
-from rlkl.losses import LOSSES
+from rlkl.losses import LOSSES, SELECTORS
 
 PLUGIN = """
 import dataclasses
@@ -198,6 +198,17 @@ def test_a_group_of_one_is_refused_where_the_group_is_the_baseline(name):
     assert name in message
     assert "sampling.group_size" in message
     check(group_size=2)
+
+
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"ppo"}))
+def test_a_critic_that_no_loss_trains_is_refused(name):
+    """It would cost a backward pass and be the baseline all the same: V = 0 for ever."""
+    options = {"critic": True, "group_size": 1, "names": ("gae", name)}
+    if name in {"top_entropy", "clip_cov", "kl_cov"}:
+        options["selector"] = partial(SELECTORS[name])
+    message = refused(preflight.check_plugins, partial(ADVANTAGES["gae"]), partial(LOSSES[name]), **options)
+    assert message.startswith(f"loss.name={name} does not train the critic")
+    preflight.check_plugins(partial(ADVANTAGES["gae"]), partial(LOSSES["ppo"]), ("gae", "ppo"), group_size=1, critic=True)
 
 
 def test_k1_is_refused_as_a_loss_and_only_there():

@@ -212,6 +212,19 @@ def test_a_plugin_file_is_kept_with_the_run_and_a_changed_one_is_refused(here, b
     resume(folder, "optim.steps=3")
 
 
+def test_plugins_of_one_name_are_kept_apart_and_an_estimators_file_is_kept_too(here, base, capsys):
+    mine = "def mine(logprobs, ref_logprobs):\n    return logprobs - ref_logprobs\n"
+    for folder, source in (("a", SAPO), ("b", mine)):
+        (here / folder).mkdir()
+        (here / folder / "my.py").write_text(source)
+    folder = run(base, "run=out", "loss.name=a/my.py:sapo", "kl_ref.estimator=b/my.py:mine", "kl_ref.coef=0.1",
+                 "optim.steps=1")
+    assert (folder / "plugins" / "a_my.py").read_text() == SAPO
+    assert "mine" in (folder / "plugins" / "b_my.py").read_text()
+    (here / "b" / "my.py").write_text("def mine(logprobs, ref_logprobs):\n    return 2 * (logprobs - ref_logprobs)\n")
+    assert "b/my.py differs from" in refused(capsys, f"resume={folder}", "optim.steps=2")
+
+
 def test_a_loss_of_nine_lines_in_a_file_of_ones_own_runs_and_its_option_counts(here, base):
     assert len(SAPO.splitlines()) == 9
     (here / "my_loss.py").write_text(SAPO)

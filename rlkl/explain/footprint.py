@@ -127,7 +127,9 @@ def memory(cfg: Config, config: Any, longest: int, width: int, exact: bool, cuda
 def at_once(cfg: Config, rows: int, cuda: bool) -> int:
     """Replies that hold keys and values at the same time: all of them, or as many as the backend has slots."""
     options = signature(resolve(cfg.sampling.backend, SAMPLERS, "sampling.backend")).parameters
-    return rows if "slots" not in options else min(rows, options["slots"].default or slots_on("cuda" if cuda else "cpu"))
+    if "slots" not in options:
+        return rows
+    return min(rows, options["slots"].default or slots_on("cuda" if cuda else "cpu"))
 
 
 class Count(NamedTuple):
