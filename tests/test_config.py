@@ -208,7 +208,8 @@ def test_a_critic_that_no_loss_trains_is_refused(name):
         options["selector"] = partial(SELECTORS[name])
     message = refused(preflight.check_plugins, partial(ADVANTAGES["gae"]), partial(LOSSES[name]), **options)
     assert message.startswith(f"loss.name={name} does not train the critic")
-    preflight.check_plugins(partial(ADVANTAGES["gae"]), partial(LOSSES["ppo"]), ("gae", "ppo"), group_size=1, critic=True)
+    ppo = partial(ADVANTAGES["gae"]), partial(LOSSES["ppo"]), ("gae", "ppo")
+    preflight.check_plugins(*ppo, group_size=1, critic=True)
 
 
 def test_k1_is_refused_as_a_loss_and_only_there():
