@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 
 import pytest
 import torch
@@ -84,14 +85,17 @@ def test_a_prompt_goes_through_the_chat_template_where_there_is_one(base, tmp_pa
     assert plain.decode(chat.asked(plain, "1+2", 4, None)) == "1+2"
 
 
-def test_a_stop_string_of_the_run_ends_a_reply(base, there):
-    run = find("runs/ppo")
-    run.cfg.eval.stop = list("0123456789")
-    policy, tokenizer = load(str(base))
-    rule = chat.rule_of(chat.Chat(), run.cfg, policy, tokenizer)
-    draws = [draw_uniforms(1, 6, generator(0, i, "chat"), "cpu") for i in range(10)]
-    said = [chat.replied(policy, tokenizer, [5, 6], u, rule).text for u in draws]
-    assert max(sum(map(str.isdigit, text)) for text in said) == 1
+def test_a_stop_string_of_the_run_ends_a_reply(rlkl, there, monkeypatch):
+    shutil.copytree("runs/ppo", "runs/stops", dirs_exist_ok=True)
+    config = there / "runs/stops/config.yaml"
+    config.write_text(config.read_text().replace("  stop: []", f"  stop: {list('0123456789')}"))
+    digits = {}
+    for run in ("ppo", "stops"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("5+6=\n" * 10))
+        said = [text for pair in columns(rlkl("chat", f"runs/{run}"))[::2] for text in pair]
+        digits[run] = max(sum(map(str.isdigit, text)) for text in said)
+    shutil.rmtree("runs/stops")
+    assert digits["stops"] == 1 < digits["ppo"]
 
 
 def test_a_prompt_without_room_is_refused_and_a_conversation_goes_on_after_it(rlkl, refused, monkeypatch):

@@ -70,6 +70,13 @@ def test_a_stop_string_counts(rlkl, there):
     assert stopped == digits
 
 
+def test_fewer_rows_at_once_are_the_same_numbers_whatever_training_needs_of_its_rows(rlkl, there):
+    """optim.minibatch=8 would not fit into a rollout of 2 rows."""
+    few, many = (result(rlkl("eval", "runs/ppo", "model.dtype=float64", *more), there)
+                 for more in (["sampling.prompts=1", "sampling.group_size=2"], []))
+    assert (few["before"], few["after"]) == (many["before"], many["after"])
+
+
 def test_another_task_may_be_named(rlkl, there):
     found = result(rlkl("eval", "runs/ppo", "task=addition", "task.digits=1", "eval.prompts=5"), there)
     assert found["options"]["task.name"] == "addition"

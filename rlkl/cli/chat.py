@@ -11,24 +11,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from rich.markup import escape
 from rich.table import Table
 
 from rlkl import config
 from rlkl.build import pick_device
-from rlkl.cli.finished import asked_for_help, both, checkpoint_of, find, parse, say
+from rlkl.cli.finished import asked_for_help, both, checkpoint_of, find, kept, parse, say
+from rlkl.config import resolve
 from rlkl.errors import UserError
 from rlkl.heldout import stops
 from rlkl.model import Policy, decode, encode, left_pad, sampling_rule
-from rlkl.rollout.cached import cached
+from rlkl.rollout import SAMPLERS
 from rlkl.rollout.sample import draw_uniforms
 from rlkl.schema import Config
 from rlkl.schema_runs import Chat
 from rlkl.seeds import generator
 from rlkl.supervised import context_of
 from rlkl.terminal import console
-from rlkl.types import Sampling
+from rlkl.types import Batch, Sampling
 
 NAMES = "RUN [--prompt TEXT]"
 
@@ -47,19 +47,22 @@ def main(argv: list[str]) -> None:
     (path,), changes = parse(argv, "chat", "RUN")
     run, how = find(path), config.load(changes, schema=Chat)
     folder = checkpoint_of(run, how.step)
-    tokenizer, before, after = both(run.cfg, folder, pick_device(how.device))
-    rule = rule_of(how, run.cfg, after, tokenizer)
-    room = how.max_new_tokens or run.cfg.sampling.max_new_tokens
+    tokenizer, *policies = both(run.cfg, folder, pick_device(how.device))
+    sampler = resolve(kept(run, run.cfg.sampling.backend), SAMPLERS, "sampling.backend")
+    rule = rule_of(how, run.cfg, policies[1], tokenizer)
+    room, context = how.max_new_tokens or run.cfg.sampling.max_new_tokens, context_of(policies[1].lm)
     for number, text in enumerate([only] if only is not None else typed()):
         try:
-            ids, uniforms = asked(tokenizer, text, room, context_of(after.lm)), generator(how.seed, number, "chat")
+            prompt = asked(tokenizer, text, room, context)
         except UserError as error:
             if only is not None:
                 raise
             say(f"error: {error}")
             continue
-        draws = draw_uniforms(1, room, uniforms, after.lm.device)
-        show(text, run.cfg.model.name, folder, [replied(p, tokenizer, ids, draws, rule) for p in (before, after)])
+        ids, mask = left_pad([prompt], rule.pad_id, policies[1].lm.device)
+        uniforms = draw_uniforms(1, room, generator(how.seed, number, "chat"), ids.device)
+        batches = (sampler(policy, ids, mask, uniforms, rule) for policy in policies)
+        show(text, run.cfg.model.name, folder, [replied(tokenizer, batch) for batch in batches])
 
 
 def one_shot(argv: list[str]) -> tuple[list[str], str | None]:
@@ -100,9 +103,8 @@ def asked(tokenizer: Any, text: str, room: int, context: int | None) -> list[int
     return ids
 
 
-def replied(policy: Policy, tokenizer: Any, prompt: list[int], uniforms: torch.Tensor, rule: Sampling) -> Reply:
-    ids, mask = left_pad([prompt], rule.pad_id, policy.lm.device)
-    batch = cached(policy, ids, mask, uniforms, rule)
+def replied(tokenizer: Any, batch: Batch) -> Reply:
+    """Of a batch of one row."""
     return Reply(decode(tokenizer, batch)[0], int(batch.mask.sum()), bool(batch.truncated))
 
 

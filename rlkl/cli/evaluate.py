@@ -15,7 +15,7 @@ import torch
 
 from rlkl import config, runs
 from rlkl.build import TABLES, heldout_of, judged, pick_device, scoring_of, solved
-from rlkl.cli.finished import Run, asked_for_help, both, checkpoint_of, find, parse, say
+from rlkl.cli.finished import Run, asked_for_help, both, checkpoint_of, find, kept, parse, say
 from rlkl.config import resolve
 from rlkl.errors import UserError
 from rlkl.heldout import Exam, accuracy
@@ -29,6 +29,8 @@ from rlkl.terminal import before_and_after, console
 READ = ("eval.prompts", "eval.samples", "eval.temperature", "eval.stop", "sampling.max_new_tokens",
         "sampling.max_prompt_tokens", "sampling.backend", "sampling.prompts", "sampling.group_size", "task", "scoring",
         "model.dtype", "device")  # what an evaluation reads of a config: prompts * group_size is its rows at once
+OFF = {"optim": {"minibatch": None}, "overlong": {"buffer": 0}, "kl_ref": {"target": None},
+       "sampling": {"unanimous": "keep"}}  # what of training would refuse other rows, or less room
 
 
 def main(argv: list[str]) -> None:
@@ -57,8 +59,8 @@ def reads(key: str) -> bool:
 
 def changed(run: Run, changes: list[str]) -> Config:
     """The run's config with its own copies of plug-ins, and what is changed here. UserError on what is not read."""
-    tree = run.tree | {"task": kept(run, run.tree["task"])}
-    tree["sampling"] = tree["sampling"] | {"backend": kept(run, tree["sampling"]["backend"])}
+    own = {"task": kept(run, run.cfg.task), "sampling": {"backend": kept(run, run.cfg.sampling.backend)}}
+    tree = config.merge(config.merge(run.tree, OFF), own)
     cfg, start = config.load(changes, tree), config.build(tree)
     before, after = (runs.flat(asdict(c)) for c in (start, cfg))
     if other := [k for k in sorted({*before, *after}) if before.get(k) != after.get(k) and not reads(k)]:
@@ -66,17 +68,10 @@ def changed(run: Run, changes: list[str]) -> Config:
     return cfg
 
 
-def kept(run: Run, plugin: dict[str, Any]) -> dict[str, Any]:
-    """A plug-in from a file as the run keeps it, however the file was changed or moved since."""
-    file, colon, function = plugin["name"].rpartition(":")
-    copy = run.folder / "plugins" / Path(file).name
-    return plugin | {"name": f"{copy}:{function}"} if colon and file.endswith(".py") and copy.is_file() else plugin
-
-
 def measured(cfg: Config, folder: Path, device: torch.device) -> tuple[dict[str, float], dict[str, float], int]:
     """Held-out numbers before and after, and of how many prompts."""
-    sampler, task = resolve(cfg.sampling.backend, SAMPLERS, "sampling.backend"), resolve(cfg.task, TASKS, "task")(
-        "heldout")
+    sampler = resolve(cfg.sampling.backend, SAMPLERS, "sampling.backend")
+    task = resolve(cfg.task, TASKS, "task")("heldout")
     tokenizer, *policies = both(cfg, folder, device)
     examples, results = heldout_of(cfg, policies[0], tokenizer, task, console), []
     with scoring_of(cfg, console) as scoring, console.status("") as status:

@@ -30,5 +30,5 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}") from error
     size = sum(f.stat().st_size for f in Path(out).iterdir())
-    say(f"{folder} → {out}: {how.dtype}, {size / 1e9:.3g} GB")
+    say(f"{folder} → {out}: {how.dtype}, {size / 1e6:,.1f} MB")
     say(f"AutoModelForCausalLM.from_pretrained({out!r}, dtype='auto'), or model.name={out}")

@@ -109,6 +109,13 @@ def newest_state(run: Run) -> dict[str, Any] | None:
     return None if folder is None else state_of(folder)
 
 
+def kept(run: Run, plugin: dict[str, Any]) -> dict[str, Any]:
+    """A plug-in from a file as the run keeps it, however the file was changed or moved since."""
+    file, colon, function = plugin["name"].rpartition(":")
+    copy = run.folder / "plugins" / Path(file).name
+    return plugin | {"name": f"{copy}:{function}"} if colon and file.endswith(".py") and copy.is_file() else plugin
+
+
 def both(cfg: Config, folder: Path, device: torch.device) -> tuple[Any, Policy, Policy]:
     """Tokenizer, the policy that training started from, and that of a checkpoint: less than the training itself held.
 
