@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline PYTHONPATH=.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check learn crash golden mutants compat bench gpu
+.PHONY: help setup train test check learn examples crash golden mutants compat bench gpu
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
@@ -37,6 +37,9 @@ check: $(BIN)/.dev  ## lint and types
 
 learn: $(BIN)/.dev  ## PPO and GRPO from 3 seeds, and a control with shuffled advantages: about 20 minutes
 	@$(BIN)/python tests/learn.py
+
+examples: $(BIN)/.dev  ## every config for a CPU, end to end, in one table: about 20 minutes
+	@$(TEST) $(BIN)/python tests/examples.py
 
 crash: $(BIN)/.dev  ## kill -9 at 20 random moments, resumed each time, against an uninterrupted run
 	@$(TEST) $(BIN)/python tests/crash.py

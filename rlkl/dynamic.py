@@ -53,8 +53,10 @@ def dynamic(cfg: Config, train: Sequence[Example], state: Progress, act_and_judg
             rng = generator(cfg.seed, state.step, f"refill {number}")
             rounds.append(act_and_judge([train[i] for i in more], rng))
             chosen += more
-    state.refilled += len(chosen) - how.prompts
-    row = rounds[0].row | {"refilled": len(chosen) - how.prompts, "tokens": sum(r.row["tokens"] for r in rounds)}
+    row = dict(rounds[0].row)
+    if how.unanimous == "refill":
+        state.refilled += (refilled := len(chosen) - how.prompts)
+        row |= {"refilled": refilled, "tokens": sum(r.row["tokens"] for r in rounds)}
     if how.curriculum != "none":
         state.success = success(state.success, chosen, torch.cat([r.scores for r in rounds]))
         row |= solved(state.success)
