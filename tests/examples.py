@@ -73,7 +73,7 @@ def command(example: Example) -> list[str]:
 
 
 def measured(said: str, name: str) -> tuple[float, float] | None:
-    """Before and after, from the table that a run prints last; from nothing to the number, where it prints only that."""
+    """Before and after, from the table that a run prints last; from nothing to a number, where that is all."""
     rows = dict(re.findall(r"^│ (\S+) +│ +(-?[\d.]+ +│ +-?[\d.]+) +│$", said, re.MULTILINE))
     if name in rows:
         before, after = map(float, rows[name].split("│"))
@@ -98,7 +98,7 @@ def run(example: Example, folder: Path) -> Result:
 
 def verdict(example: Example, seconds: float, before: float, after: float) -> str:
     """Why a run that ended well is no good example; empty if it is one."""
-    if (after - before) * example.change < example.change**2:
+    if not (after - before) * example.change >= example.change**2:  # NaN is no change
         return f"changes by less than {example.change:g}"
     return f"more than {LIMIT:.0f} s" if seconds > LIMIT else ""
 
@@ -112,8 +112,8 @@ def main(argv: list[str]) -> int:
             status.update(" ".join([example.config, *example.overrides]))
             result = run(example, Path(folder))
             failed += bool(result.failed)
-            table.add_row(example.config + " *" * bool(example.overrides), f"{result.seconds:.0f}", example.shown, f"{result.before:.3f}", f"{result.after:.3f}",
-                          result.failed or "OK")
+            name, numbers = example.config + " *" * bool(example.overrides), (f"{x:.3f}" for x in (result.before, result.after))
+            table.add_row(name, f"{result.seconds:.0f}", example.shown, *numbers, result.failed or "OK")
     console.print(table)
     for example in filter(lambda e: e.overrides, chosen):
         console.print(f"* {example.config} {' '.join(example.overrides)}", soft_wrap=True)
