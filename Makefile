@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline PYTHONPATH=.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check learn question question-quick figures crash golden mutants compat bench gpu
+.PHONY: help setup train test check learn examples question question-quick figures crash golden mutants compat bench gpu
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -47,6 +47,9 @@ question-quick: $(BIN)/.run  ## its four corners at 16 epochs, one seed: about 3
 figures: $(BIN)/.run  ## the pictures and tables of docs/question-results.md: make figures RESULTS=runs/question/arms.jsonl
 	@$(BIN)/python -m benchmarks.question.figures $(RESULTS)
 	@$(BIN)/python -m benchmarks.question.tables $(RESULTS)
+
+examples: $(BIN)/.dev  ## every config for a CPU, end to end, in one table: about 20 minutes
+	@$(TEST) $(BIN)/python tests/examples.py
 
 crash: $(BIN)/.dev  ## kill -9 at 20 random moments, resumed each time, against an uninterrupted run
 	@$(TEST) $(BIN)/python tests/crash.py

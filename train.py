@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Generator, Tensor
 from rlkl import checkpoint, kl, model, report, runs
 from rlkl.build import TABLES, Parts, build, pick_device
 from rlkl.config import options
+from rlkl.dynamic import Rollout, dynamic
 from rlkl.errors import UserError
 from rlkl.heldout import accuracy
 from rlkl.log import Meters, RunLog, read_rows
@@ -47,6 +47,8 @@ class State:
     best_accuracy: float = -1.0  # held out
     best_step: int | None = None
     before: dict[str, float] = field(default_factory=dict)  # held out, before the first step
+    refilled: int = 0  # prompts drawn by sampling.unanimous=refill
+    success: dict[str, float] = field(default_factory=dict)  # of each prompt, by its index: sampling.curriculum
 
 
 def training_step(cfg: Config, parts: Parts, state: State) -> tuple[dict[str, float], dict[str, Any]]:
@@ -56,22 +58,13 @@ def training_step(cfg: Config, parts: Parts, state: State) -> tuple[dict[str, fl
     rng, group, meters = generator(cfg.seed, state.step, "rollout"), cfg.sampling.group_size, Meters()
     clock = [time.perf_counter()]
 
-    # 1. Act: G replies to each of N prompts. The uniforms are the only randomness.
-    examples = draw(parts.train, cfg.sampling.prompts, cfg.seed, state.step)
-    prompts = [model.encode(parts.tokenizer, e.prompt) for e in examples]
-    prompt_ids, prompt_mask = model.left_pad(prompts, parts.rule.pad_id, parts.policy.lm.device)
-    uniforms = draw_uniforms(len(prompts) * group, cfg.sampling.max_new_tokens, rng, prompt_ids.device)
-    batch = parts.sampler(parts.policy, prompt_ids, prompt_mask, uniforms, parts.rule)
-
-    # 2. Judge: one score per reply.
-    asked, replies = [e for e in examples for _ in range(group)], model.decode(parts.tokenizer, batch)
-    scores, named = judge(parts.reward, asked, replies, batch)
-    row = describe(batch, scores, named, group)
-    batch = batch if scores.isfinite().all() else without_rows(batch, scores.isnan())  # no score, no sample
-    if cfg.sampling.baseline == "greedy":
-        batch.values = greedy_baseline(parts, examples, prompt_ids, prompt_mask, uniforms).expand(batch.mask.shape)
-    sample = {"prompt": asked[0].prompt, "reply": replies[0], "score": scores[0].item()}
-    if cfg.sampling.unanimous == "drop":
+    # 1. Act, and 2. judge: G replies to each of N prompts, one score per reply.
+    if cfg.sampling.unanimous == "refill" or cfg.sampling.curriculum != "none":
+        batch, scores, row, sample = dynamic(cfg, parts.train, state, partial(act_and_judge, cfg, parts), rng)
+    else:
+        examples = draw(parts.train, cfg.sampling.prompts, cfg.seed, state.step)
+        batch, scores, row, sample = act_and_judge(cfg, parts, examples, rng)
+    if cfg.sampling.unanimous != "keep":
         kept = informative(scores, group)
         batch, scores = batch[kept].trim(), scores[kept]
     clock.append(time.perf_counter())
@@ -106,6 +99,21 @@ def training_step(cfg: Config, parts: Parts, state: State) -> tuple[dict[str, fl
     return row, sample
 
 
+def act_and_judge(cfg: Config, parts: Parts, examples: list[Example], rng: Generator) -> Rollout:
+    """G replies to each of N prompts, and their scores. The uniforms are the only randomness."""
+    group, prompts = cfg.sampling.group_size, [model.encode(parts.tokenizer, e.prompt) for e in examples]
+    prompt_ids, prompt_mask = model.left_pad(prompts, parts.rule.pad_id, parts.policy.lm.device)
+    uniforms = draw_uniforms(len(prompts) * group, cfg.sampling.max_new_tokens, rng, prompt_ids.device)
+    batch = parts.sampler(parts.policy, prompt_ids, prompt_mask, uniforms, parts.rule)
+    asked, replies = [e for e in examples for _ in range(group)], model.decode(parts.tokenizer, batch)
+    scores, named = judge(parts.reward, asked, replies, batch)
+    row = describe(batch, scores, named, group)
+    batch = batch if scores.isfinite().all() else without_rows(batch, scores.isnan())  # no score, no sample
+    if cfg.sampling.baseline == "greedy":
+        batch.values = greedy_baseline(parts, examples, prompt_ids, prompt_mask, uniforms).expand(batch.mask.shape)
+    return Rollout(batch, scores, row, {"prompt": asked[0].prompt, "reply": replies[0], "score": scores[0].item()})
+
+
 def greedy_baseline(parts: Parts, examples: list[Example], prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor
                     ) -> Tensor:
     """(B, 1): the score of each prompt's greedy reply, on all of its G samples."""
@@ -136,8 +144,7 @@ def learn(cfg: Config, parts: Parts, state: State, batch: Batch, rng: Generator,
     """Epochs of minibatches, one update each. Returns gradient norms, learning rate and counts."""
     scale = lr_scale(state.step, cfg.optim.steps, cfg.optim.warmup, cfg.optim.schedule)
     frozen = ("policy",) if state.step < cfg.optim.critic_warmup else ()
-    row, drift = {"lr": cfg.optim.lr * scale, "updates": 0.0, "skipped": 0.0}, 0.0
-    norms: dict[str, list[float]] = defaultdict(list)
+    row, norms, drift = {"lr": cfg.optim.lr * scale, "updates": 0.0, "skipped": 0.0}, [], 0.0
     shuffled = (batch.shuffle(rng) for _ in range(cfg.optim.epochs))
     for mini in (m for epoch in shuffled for m in epoch.split(cfg.optim.minibatch or len(batch))):
         if parts.selector is not None:
@@ -149,11 +156,10 @@ def learn(cfg: Config, parts: Parts, state: State, batch: Batch, rng: Generator,
         found = parts.optimizer.step(scale, loss, frozen)
         state.skips = 0 if found else state.skips + 1
         row["updates" if found else "skipped"] += 1
-        for name, norm in found.items():
-            norms[name].append(norm)
+        norms += [found] if found else []
     if cfg.kl_old.target is not None:
         state.kl_old_coef = kl.doubling(state.kl_old_coef, cfg.kl_old.target, drift)  # as it was before the last update
-    return row | {f"grad_norm/{name}": sum(x) / len(x) for name, x in norms.items()}
+    return row | {f"grad_norm/{n}": sum(found[n] for found in norms) / len(norms) for n in (norms or [{}])[0]}
 
 
 def backward(cfg: Config, parts: Parts, state: State, mini: Batch, meters: Meters) -> tuple[float, float]:

@@ -30,7 +30,7 @@ from rlkl.rewards.scoring import Scoring, assemble
 from rlkl.rollout import SAMPLERS
 from rlkl.schema import Config
 from rlkl.seeds import draw, stream
-from rlkl.tasks import TASKS
+from rlkl.tasks import TASKS, Addition
 from rlkl.types import Batch, Evaluation, Example, Sampling
 
 T = TypeVar("T")
@@ -98,7 +98,7 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
 
     for line in plan(cfg, chosen.exact, device, task):
         console.print(escape(line))
-    name = str(base_model(console)) if cfg.model.name == "tiny" else cfg.model.name
+    name = str(base_model(console, task)) if cfg.model.name == "tiny" else cfg.model.name
     dtype = dtype_of(cfg, device)
     policy, tokenizer = load(name, critic=cfg.model.critic, device=device, dtype=dtype)
     if cfg.lora.r:
@@ -161,12 +161,14 @@ def dtype_of(cfg: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def base_model(console: Console) -> Path:
-    """The tiny base, with a progress bar if it has to be made."""
+def base_model(console: Console, task: Any = None) -> Path:
+    """The tiny base for a task, or for addition; with a line of progress if it has to be made."""
+    task = Addition("train") if task is None else task
     with console.status("") as status:
         return tiny.cached_base(
             lambda accuracy, goal: status.update(
-                f"making the tiny base model, once: sampled accuracy {accuracy:.2f}, stops at {goal}"))
+                f"making the tiny base model, once: sampled accuracy {accuracy:.2f}, stops at {goal}"),
+            [task[i] for i in range(len(task))])
 
 
 def that_fit(cfg: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase, examples: list[Example], side: str,

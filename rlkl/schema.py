@@ -94,8 +94,12 @@ class Sampling:
     """longer prompts are dropped; by default what the model's context leaves"""
     temperature: PositiveFloat = 1.0
     """of sampling and of scoring alike"""
-    unanimous: Literal["keep", "drop"] = "keep"
-    """groups whose replies all score the same: kept in the update, or dropped before it"""
+    unanimous: Literal["keep", "drop", "refill"] = "keep"
+    """groups whose replies all score the same: kept in the update, dropped before it, or replaced by further prompts"""
+    refills: PositiveInt = 3
+    """rounds of refill in a step, at most"""
+    curriculum: Literal["none", "watch", "success"] = "none"
+    """share of right replies of each prompt: not kept, kept and logged, or prompts drawn by p(1 - p) of it too"""
     baseline: Literal["none", "greedy"] = "none"
     """what advantages may be measured against beside a critic: the score of each prompt's greedy reply (remax)"""
 
@@ -270,9 +274,9 @@ class Config:
         if self.optim.minibatch and self.optim.minibatch > rows:
             raise ValueError(f"optim.minibatch={self.optim.minibatch} is larger than the rollout of {rows} rows "
                              "(sampling.prompts * sampling.group_size)")
-        if self.sampling.unanimous == "drop" and self.sampling.group_size == 1:
-            raise ValueError(
-                "sampling.unanimous=drop would drop every group of 1: set sampling.group_size >= 2, or keep")
+        if self.sampling.unanimous != "keep" and self.sampling.group_size == 1:
+            raise ValueError(f"sampling.unanimous={self.sampling.unanimous} would drop every group of 1: set "
+                             "sampling.group_size >= 2, or keep")
         if self.kl_ref.coef > 0 and not self.model.reference:
             raise ValueError(
                 f"kl_ref.coef={self.kl_ref.coef} needs a reference: set model.reference=true, or kl_ref.coef=0")

@@ -81,7 +81,7 @@ class Scratch:
 @dataclass(config=STRICT)
 class Sft(Supervised):
     task: Plugin = plugin("addition")
-    """its examples' answers are the replies; jsonl with task.path=FILE reads rows of prompt and answer"""
+    """its examples' whole right replies are taught; jsonl with task.path=FILE reads rows of prompt and answer"""
     scratch: Scratch = field(default_factory=Scratch)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -21,11 +23,12 @@ def generator(seed: int, step: int, purpose: str) -> torch.Generator:
 
 
 def draw(examples: Sequence[T], count: int, seed: int, step: int) -> list[T]:
-    """The examples of a step: all of them once, in a random order, before any comes again."""
-    chosen, order = [], None
-    for position in range(step * count, (step + 1) * count):
-        epoch, place = divmod(position, len(examples))
-        if order is None or place == 0:
-            order = torch.randperm(len(examples), generator=generator(seed, epoch, "order")).tolist()
-        chosen.append(examples[order[place]])
-    return chosen
+    """The examples of a step, if each has so many."""
+    return [examples[i] for i in islice(in_turn(len(examples), seed, step * count), count)]
+
+
+def in_turn(count: int, seed: int, start: int) -> Iterator[int]:
+    """Indices, from a position on: all of them once, in a random order, before any comes again."""
+    for epoch in itertools.count(start // count):
+        order = torch.randperm(count, generator=generator(seed, epoch, "order")).tolist()
+        yield from order[max(start - epoch * count, 0) :]

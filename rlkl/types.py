@@ -24,6 +24,11 @@ class Example:
     answer: str = ""
     info: dict = field(default_factory=dict)
 
+    @property
+    def solution(self) -> str:
+        """A whole right reply: the answer, or info["solution"] where the bare answer is not one."""
+        return self.info.get("solution", self.answer)
+
 
 class Head(NamedTuple):
     """The unembedding: logits = softcap · tanh((h @ weight.T + bias) · scale / softcap), minus the padding ids."""

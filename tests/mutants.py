@@ -359,7 +359,7 @@ MUTANTS = [
     M("rlkl/optim.py", "master.copy_(value)", "master.copy_(value.to(p.dtype))", "optim",
       "TRL: state that a resume loses"),
     M("rlkl/optim.py", "(step + 1) / (warmup + 1)", "step / (warmup + 1)", "optim"),
-    M("rlkl/seeds.py", "if order is None or place == 0:", "if order is None:", "optim"),
+    M("rlkl/seeds.py", "max(start - epoch * count, 0)", "start % count", "optim"),
     # what is reported
     M("rlkl/heldout.py", "correct[i] += right", "correct[parts.heldout.index(parts.heldout[i])] += right",
       "mutants_holes", "GRPO-Zero: two copies of a prompt merge"),
@@ -396,7 +396,7 @@ MUTANTS = [
       "nanochat, TRL, rlhf-book: each pass has a denominator of its own"),
     M("train.py", '"lr": cfg.optim.lr * scale', '"lr": 1e-6', "mutants_holes",
       "nano-aha-moment: another learning rate is reported"),
-    M("train.py", "for name, norm in found.items():", "for name, norm in norms.items():", "step",
+    M("train.py", "norms += [found] if found else []", "norms += []", "step",
       "minRLHF: metrics of the empty dict they should fill"),
     M("train.py", '"kl_old_pi": kl.k3(old, logprobs)', '"kl_old_pi": kl.k1(logprobs, old)', "step",
       "minRLHF: an early stop that never comes"),

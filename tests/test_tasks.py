@@ -13,10 +13,10 @@ from runs_fixture import ROOT
 
 from rlkl.errors import UserError
 from rlkl.model import decode, encode
+from rlkl.scratch import ALPHABET, character_tokenizer
 from rlkl.tasks import TASKS
 from rlkl.tasks.addition import Addition
 from rlkl.tasks.jsonl import Jsonl
-from rlkl.tiny import ALPHABET, character_tokenizer
 from rlkl.types import Batch
 
 pytest_plugins = ("runs_fixture",)

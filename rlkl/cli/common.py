@@ -36,9 +36,9 @@ def open_log(cfg: Supervised, folder: Path) -> RunLog:
     return RunLog(folder, asdict(cfg), wandb_mode=cfg.log.wandb, project=cfg.log.project, start=0)
 
 
-def model_name(name: str) -> str:
-    """A directory or a hub name; that of the tiny base, which is made if it is missing."""
-    return str(base_model(console)) if name == "tiny" else name
+def model_name(name: str, task: Any = None) -> str:
+    """A directory or a hub name; that of the tiny base for a task, which is made if it is missing."""
+    return str(base_model(console, task)) if name == "tiny" else name
 
 
 def finish(folder: Path, lm: Any, tokenizer: Any, before: dict[str, float], after: dict[str, float], title: str

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"out={cfg.out}: the file exists, and is never overwritten: choose another, or delete it")
     task = resolve(cfg.task, TASKS, "task")("train")
     reward = resolve(cfg.reward, REWARDS, "reward") if cfg.reward else from_task(task.score)
-    policy, tokenizer = load(model_name(cfg.model.name), device=device, dtype=dtype_of(cfg, device))
+    policy, tokenizer = load(model_name(cfg.model.name, task), device=device, dtype=dtype_of(cfg, device))
     if cfg.replies is not None:
         rows = given(cfg.replies, tokenizer, policy)
     else:

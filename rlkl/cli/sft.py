@@ -27,9 +27,10 @@ def main(argv: list[str]) -> None:
     tasks = [make_task(side) for side in ("train", "heldout")]
     with tempfile.TemporaryDirectory() as scratch:
         fresh = make_scratch(Path(scratch), cfg.scratch, cfg.seed) if cfg.scratch.layers else None
-        policy, tokenizer = load(str(fresh or model_name(cfg.model.name)), device=device, dtype=dtype_of(cfg, device))
+        name = fresh or model_name(cfg.model.name, tasks[0])
+        policy, tokenizer = load(str(name), device=device, dtype=dtype_of(cfg, device))
     pad, limit = sampling_rule(policy, tokenizer, 1.0).pad_id, cfg.max_tokens or context_of(policy.lm)
-    train, heldout = (that_fit([item_of(tokenizer, task[i].prompt, [task[i].answer]) for i in range(len(task))],
+    train, heldout = (that_fit([item_of(tokenizer, task[i].prompt, [task[i].solution]) for i in range(len(task))],
                                limit, "rows") for task in tasks)
     folder = new_run(cfg, "sft", argv)
     console.print(f"device: {device}   run: {folder}   {len(train)} rows, {len(heldout)} held out")

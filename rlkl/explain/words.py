@@ -215,8 +215,11 @@ def normalisation(said: Explanation, cfg: Config, chosen: Algorithm) -> None:
     if cfg.overlong.buffer:
         said.say("normalisation", "score     falls by up to {overlong} over the last {buffer} tokens of the room",
                  overlong=cfg.overlong.coef, buffer=cfg.overlong.buffer)
-    if cfg.sampling.unanimous == "drop":
+    if cfg.sampling.unanimous != "keep":
         said.say("normalisation", "prompts   whose replies all score the same are left out, of the count too")
+    if cfg.sampling.unanimous == "refill":
+        said.say("normalisation", "refill    others are sampled in their place, {refills} times at most",
+                 refills=cfg.sampling.refills)
     if cfg.mismatch.truncate != "none":
         said.say("normalisation", f"mismatch  advantages times min(pi_old / sampler, {{cap}}), by "
                  f"{cfg.mismatch.truncate}", cap=cfg.mismatch.cap)

@@ -1,0 +1,124 @@
+"""`make examples`: every configuration for a CPU, end to end, each as its first line says it is run; one table.
+
+    python tests/examples.py [PATTERN]     those whose name contains it; the tiny-rlhf pipeline needs all its parts
+
+Seconds are those of one core (the CPU time of the run), so a busy machine changes no verdict. Exit code 1 if a run
+fails, does not improve by what is stated here, or takes more than two minutes. Some are shortened: `overrides`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 120.0  # seconds
+
+
+class Example(NamedTuple):
+    """A configuration, what is looked at before and after, and by how much it must have changed at least."""
+
+    config: str
+    shown: str
+    change: float  # negative: it must fall
+    overrides: tuple[str, ...] = ()
+
+
+EASY = ("task.problems=4000", "task.numbers=[2, 2]", "task.heldout=0.1")
+SMALL = (*EASY, "scratch.layers=4", "scratch.hidden=128", "scratch.heads=2", "optim.epochs=4", "optim.batch=128",
+         "optim.lr=1.5e-3")
+SMALL_RL = (*EASY, "sampling.prompts=64", "sampling.max_new_tokens=8", "optim.steps=60", "optim.lr=3e-4",
+            "optim.minibatch=128", "eval.prompts=300", "eval.samples=4")
+EXAMPLES = (
+    Example("tiny-grpo", "accuracy", 0.3, ("optim.steps=130",)),
+    Example("tiny-ppo", "accuracy", 0.2, ("optim.steps=100",)),
+    Example("tiny-dapo", "accuracy", 0.2, ("optim.steps=100",)),
+    Example("tiny-rloo", "accuracy", 0.2, ("optim.steps=100",)),
+    Example("tiny-lora", "accuracy", 0.1, ("optim.steps=60",)),
+    Example("tiny-countdown", "accuracy", 0.2),
+    Example("tiny-gym", "accuracy", 0.2),
+    Example("scratch-sft", "loss", -1.0, SMALL),
+    Example("scratch-countdown", "accuracy", 0.05, SMALL_RL),
+    Example("tiny-sft", "loss", -1.0),
+    Example("tiny-label", "pairs", 1000),
+    Example("tiny-reward-model", "accuracy", 0.2),
+    Example("tiny-rlhf-ppo", "accuracy", 0.15),
+    Example("tiny-rlhf-grpo", "accuracy", 0.15),
+    Example("tiny-dpo", "accuracy", 0.2),
+)
+
+
+class Result(NamedTuple):
+    seconds: float
+    before: float
+    after: float
+    failed: str  # why; empty if it did not
+
+
+def command(example: Example) -> list[str]:
+    """`# rlkl NAME: …` in a configuration's first line names the command that reads it; the others are train.py's."""
+    path = ROOT / "configs" / f"{example.config}.yaml"
+    named = re.match(r"# rlkl ([\w-]+):", path.read_text(encoding="utf-8"))
+    program = ["-m", "rlkl", named[1]] if named else [str(ROOT / "train.py")]
+    return [sys.executable, *program, str(path), *example.overrides]
+
+
+def measured(said: str, name: str) -> tuple[float, float] | None:
+    """Before and after, from the table that a run prints last; from nothing to a number, where that is all."""
+    rows = dict(re.findall(r"^│ (\S+) +│ +(-?[\d.]+ +│ +-?[\d.]+) +│$", said, re.MULTILINE))
+    if name in rows:
+        before, after = map(float, rows[name].split("│"))
+        return before, after
+    number = re.search(rf"(\d+) {name}", said)
+    return (0.0, float(number[1])) if number else None
+
+
+def run(example: Example, folder: Path) -> Result:
+    """One run in a process of its own, in a folder that the runs of the pipeline share."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    begun = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command(example), cwd=folder, env=env, capture_output=True, text=True, check=False)
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = ended.ru_utime + ended.ru_stime - begun.ru_utime - begun.ru_stime
+    found = measured(done.stdout, example.shown)
+    if done.returncode or found is None:
+        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        return Result(seconds, float("nan"), float("nan"), lines[-1])
+    return Result(seconds, *found, verdict(example, seconds, *found))
+
+
+def verdict(example: Example, seconds: float, before: float, after: float) -> str:
+    """Why a run that ended well is no good example; empty if it is one."""
+    if not (after - before) * example.change >= example.change**2:  # NaN is no change
+        return f"changes by less than {example.change:g}"
+    return f"more than {LIMIT:.0f} s" if seconds > LIMIT else ""
+
+
+def main(argv: list[str]) -> int:
+    chosen = [e for e in EXAMPLES if all(pattern in e.config for pattern in argv)]
+    console, table = Console(width=120), Table("config", "seconds", "", "before", "after", "")
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder, console.status("") as status:
+        for example in chosen:
+            status.update(" ".join([example.config, *example.overrides]))
+            result = run(example, Path(folder))
+            failed += bool(result.failed)
+            name, numbers = example.config + " *" * bool(example.overrides), (f"{x:.3f}" for x in (result.before, result.after))
+            table.add_row(name, f"{result.seconds:.0f}", example.shown, *numbers, result.failed or "OK")
+    console.print(table)
+    for example in filter(lambda e: e.overrides, chosen):
+        console.print(f"* {example.config} {' '.join(example.overrides)}", soft_wrap=True)
+    return 1 if failed or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
