@@ -278,16 +278,15 @@ class Config:
             raise ValueError(f"sampling.unanimous={self.sampling.unanimous} would drop every group of 1: set "
                              "sampling.group_size >= 2, or keep")
         if self.kl_ref.coef > 0 and not self.model.reference:
-            raise ValueError(
-                f"kl_ref.coef={self.kl_ref.coef} needs a reference: set model.reference=true, or kl_ref.coef=0")
+            raise ValueError(f"kl_ref.coef={self.kl_ref.coef} needs a reference: set model.reference=true, or "
+                             "kl_ref.coef=0")
         for name, kl in (("kl_ref", self.kl_ref), ("kl_old", self.kl_old)):
             if kl.target is not None and kl.coef == 0:
-                raise ValueError(
-                    f"{name}.target={kl.target} adapts {name}.coef, which is 0: set {name}.coef > 0 to start from")
+                raise ValueError(f"{name}.target={kl.target} adapts {name}.coef, which is 0: set {name}.coef > 0 to "
+                                 "start from")
         if self.sampling.baseline != "none" and self.model.critic != "none":
-            raise ValueError(
-                f"sampling.baseline={self.sampling.baseline} and model.critic={self.model.critic} are two baselines: "
-                "set one of them to none")
+            raise ValueError(f"sampling.baseline={self.sampling.baseline} and model.critic={self.model.critic} are "
+                             "two baselines: set one of them to none")
         if self.overlong.buffer > self.sampling.max_new_tokens:
             raise ValueError(f"overlong.buffer={self.overlong.buffer} is longer than a reply can be: at most "
                              f"sampling.max_new_tokens={self.sampling.max_new_tokens}")
@@ -297,6 +296,6 @@ class Config:
         if self.mismatch.low > self.mismatch.high:
             raise ValueError(f"mismatch.low={self.mismatch.low} is above mismatch.high={self.mismatch.high}")
         if self.truncation == "bootstrap" and self.model.critic == "none":
-            raise ValueError(
-                "truncation=bootstrap needs V(s_T): set model.critic=head or network, or truncation=terminal or mask")
+            raise ValueError("truncation=bootstrap needs V(s_T): set model.critic=head or network, or "
+                             "truncation=terminal or mask")
         return self

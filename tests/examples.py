@@ -112,7 +112,8 @@ def main(argv: list[str]) -> int:
             status.update(" ".join([example.config, *example.overrides]))
             result = run(example, Path(folder))
             failed += bool(result.failed)
-            name, numbers = example.config + " *" * bool(example.overrides), (f"{x:.3f}" for x in (result.before, result.after))
+            name = example.config + " *" * bool(example.overrides)
+            numbers = (f"{x:.3f}" for x in (result.before, result.after))
             table.add_row(name, f"{result.seconds:.0f}", example.shown, *numbers, result.failed or "OK")
     console.print(table)
     for example in filter(lambda e: e.overrides, chosen):
