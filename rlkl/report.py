@@ -8,6 +8,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from rlkl import hacking
+
 matplotlib.use("agg")
 
 PANELS = {  # title → metrics drawn in it
@@ -17,8 +19,8 @@ PANELS = {  # title → metrics drawn in it
     "reply length, tokens": ("length",),
 }
 SHOWN = ("reward", "unanimous", "length", "truncated", "entropy", "clip_fraction", "ratio_max", "kl_pi_ref_tok",
-    "kl_pi_ref_seq", "kl_old_pi", "sampler_gap", "explained_variance", "grad_norm/policy", "grad_norm/critic",
-    "tokens_per_second")
+    "kl_pi_ref_seq", "ref_logprob", "distinct", "kl_old_pi", "sampler_gap", "explained_variance", "grad_norm/policy",
+    "grad_norm/critic", "tokens_per_second")
 
 
 def write(folder: Path, rows: list[dict], before: dict[str, float], after: dict[str, float]) -> None:
@@ -35,6 +37,7 @@ def write(folder: Path, rows: list[dict], before: dict[str, float], after: dict[
         f"    {command}",
         "",
         f"{len(rows)} steps, {sum(r['seconds'] for r in rows):.0f} s.",
+        *(f"\n**Reward hacking?** {episode}" for episode in hacking.episodes(rows, before)),
         "",
         "| held out | before | after |",
         "|---|---|---|",
