@@ -62,7 +62,7 @@ mutants: $(BIN)/.dev  ## one-line bugs, each of which a test must notice
 
 compat:  ## the tests on the oldest supported versions, in an environment of their own
 	@$(PYTHON) -m venv $(VENV)-compat
-	@$(VENV)-compat/bin/python -m pip install -q --disable-pip-version-check -c tests/compat.txt -e . pytest hypothesis
+	@$(VENV)-compat/bin/python -m pip install -q --disable-pip-version-check -c tests/compat.txt -e '.[lora,tasks]' pytest hypothesis
 	@$(TEST) $(VENV)-compat/bin/python -m pytest
 
 bench: $(BIN)/.run  ## seconds of each phase of a step; log-probs: time, memory and error; rollouts against generate

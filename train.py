@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from rlkl import checkpoint, kl, model, report, runs
+from rlkl import checkpoint, hacking, kl, model, report, runs
 from rlkl.build import TABLES, Parts, build, pick_device
 from rlkl.config import options
 from rlkl.dynamic import Rollout, dynamic
@@ -32,7 +32,7 @@ from rlkl.rollout.sample import draw_uniforms
 from rlkl.schema import Config
 from rlkl.seeds import draw, generator, stream
 from rlkl.selfcheck import selfcheck
-from rlkl.terminal import Interrupt, before_and_after, console, progress, show, usage
+from rlkl.terminal import Interrupt, before_and_after, console, progress, show, suspect, usage
 from rlkl.types import Batch, Example
 
 
@@ -187,11 +187,11 @@ def backward(cfg: Config, parts: Parts, state: State, mini: Batch, meters: Meter
 
 def distances(logprobs: Tensor, micro: Batch) -> dict[str, Tensor]:
     """(B, T) meters of how far policies are apart: pi from pi_old, pi_old from the reference and from the sampler."""
-    old, sampler = micro.old_logprobs, micro.sampler_logprobs
+    old, ref, sampler = micro.old_logprobs, micro.ref_logprobs, micro.sampler_logprobs
     ratio, gap = importance_ratio(logprobs, old), (old - sampler).abs()
     far = {"kl_old_pi": kl.k3(old, logprobs), "ratio_max": ratio, "ratio_mean": ratio, "ratio_square": ratio.square()}
     far |= {"kl_sampler_old": kl.k3(sampler, old), "sampler_gap": gap, "sampler_gap_max": gap}
-    return far if micro.ref_logprobs is None else far | {"kl_pi_ref_tok": kl.k1(old, micro.ref_logprobs)}
+    return far if ref is None else far | {"kl_pi_ref_tok": kl.k1(old, ref), "ref_logprob": ref}
 
 
 def train(cfg: Config, argv: list[str]) -> Path:
@@ -212,7 +212,12 @@ def run(cfg: Config, argv: list[str], parts: Parts, start: Path | None) -> Path:
         state = State(**checkpoint.restore(start, parts.policy, parts.optimizer))
     console.print(selfcheck(cfg, parts, fresh=start is None))
     log = RunLog(folder, asdict(cfg), wandb_mode=cfg.log.wandb, project=cfg.log.project, start=state.step)
+<<<<<<< HEAD
     measure = partial(accuracy, cfg, parts)
+=======
+    rows = read_rows(log.path)
+    measure = partial(accuracy, parts, temperature=cfg.eval.temperature, max_new_tokens=cfg.sampling.max_new_tokens)
+>>>>>>> f5d7d0932e618471301cbeb9ec1a870bdc6edeb6
 
     def save() -> Path:
         path = checkpoint.save(folder, state.step, parts.policy, parts.tokenizer, parts.optimizer, asdict(state))
@@ -236,7 +241,12 @@ def run(cfg: Config, argv: list[str], parts: Parts, start: Path | None) -> Path:
                 row |= {f"heldout/{name}": x for name, x in measure(samples=1).items()}
                 if row["heldout/accuracy"] > state.best_accuracy:
                     state.best_accuracy, state.best_step, keep = row["heldout/accuracy"], state.step, True
-            log.write({"step": state.step, **row}, sample)
+            rows.append({"step": state.step, **row})
+            suspicion = hacking.suspicion(rows, state.before)
+            rows[-1]["hacking"] = float(suspicion is not None)
+            log.write(rows[-1], sample)
+            if suspicion and hacking.is_news(rows):
+                suspect(state.step, suspicion)
             if state.step % cfg.log.every == 0 or state.step == 1:
                 show(state.step, row, sample)
             if keep:
@@ -250,7 +260,7 @@ def run(cfg: Config, argv: list[str], parts: Parts, start: Path | None) -> Path:
     after = measure(samples=cfg.eval.samples)
     before_and_after(
         state.before, after, f"{len(parts.heldout)} held-out prompts, temperature {cfg.eval.temperature:g}")
-    report.write(folder, read_rows(folder / "metrics.jsonl"), state.before, after)
+    report.write(folder, read_rows(log.path), state.before, after)
     console.print(f"report: {folder / 'report.md'}\nmodel: {path}")
     return path
 

@@ -15,13 +15,24 @@ PHASES = ("act", "evaluate", "learn")
 
 
 def describe(batch: Batch, scores: Tensor, named: dict[str, Tensor], group_size: int) -> dict[str, float]:
-    """The whole rollout: rewards and lengths. A reply without a score, or without a part of it, is NaN there."""
+    """The whole rollout: rewards, lengths, repetition. A reply without a score, or a part of it, is NaN there."""
     highest, lowest = (scores.view(-1, group_size).nan_to_num(x) for x in (-torch.inf, torch.inf))
     row = {"reward": scores.nanmean(), "reward_std": (scores - scores.nanmean()).square().nanmean().sqrt(),
         "unanimous": (highest.amax(1) <= lowest.amin(1)).float().mean(), "length": batch.mask.sum(1).float().mean(),
-        "truncated": batch.truncated.float().mean(), "tokens": batch.mask.sum()}
+        "truncated": batch.truncated.float().mean(), "tokens": batch.mask.sum(), "distinct": distinct(batch)}
     row |= {f"reward/{name}": part.nanmean() for name, part in named.items() if not part.isnan().all()}
     return {name: float(x) for name, x in row.items()}
+
+
+def distinct(batch: Batch) -> Tensor:
+    """The share of the bigrams of token ids that are new in their reply (after Li et al. 2016, arXiv:1510.03055).
+
+    1 where there are none. Within replies, not across them: policies get surer of short answers without any harm.
+    """
+    ids, both = batch.response_ids, batch.mask[:, 1:] & batch.mask[:, :-1]
+    pairs = (ids[:, :-1] * (ids.max() + 1) + ids[:, 1:]).masked_fill(~both, -1).sort(1).values
+    repeated = (pairs[:, 1:] == pairs[:, :-1]) & (pairs[:, 1:] >= 0)
+    return 1 - repeated.sum() / both.sum().clamp_min(1)
 
 
 def credited(batch: Batch) -> dict[str, float]:

@@ -288,5 +288,4 @@ def left_pad(prompts: list[list[int]], pad_id: int, device: str | torch.device =
     """N token lists → (N, P) ids and bool mask."""
     width = max(len(p) for p in prompts)
     ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=device)
-    return ids, mask
+    return ids, torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=device)

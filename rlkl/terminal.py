@@ -35,6 +35,11 @@ def show(step: int, row: dict[str, float], sample: dict) -> None:
     console.print(f"  [dim]{escape(text[:200])}   score {sample['score']:g}[/]")
 
 
+def suspect(step: int, suspicion: str) -> None:
+    """One line that says why the reward may be hacked."""
+    console.print(f"[yellow]reward hacking?[/] step {step}: {escape(suspicion)}: docs/hacking.md")
+
+
 def before_and_after(before: dict[str, float], after: dict[str, float], title: str) -> None:
     table = Table("", "before", "after", title=title, title_justify="left")
     for name in after:

@@ -105,8 +105,7 @@ class Batch:
         want = {"truncated": mask.shape[:1], "prompt_ids": prompt, "prompt_mask": prompt}.get(name, mask.shape)
         free = value.shape[2:3] if name == "ref_states" else ()  # D
         if value.shape != (*want, *free):
-            shapes = f"shape {tuple(value.shape)}, expected {tuple(want)}"
-            raise ValueError(f"Batch.{name}: {shapes}; the mask is {tuple(mask.shape)}")
+            raise ValueError(f"Batch.{name}: shape {*value.shape,}, expected {*want,}; the mask is {*mask.shape,}")
         if value.is_floating_point() and value.dim() > 1:
             return value.masked_fill(~(mask if value.dim() == 2 else mask[..., None]), 0.0)
         return value
@@ -114,9 +113,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.mask)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are filled in, by name."""
+        return {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Batch:
-        tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
-        return replace(self, **{name: x[rows] for name, x in tensors.items()})
+        return replace(self, **{name: x[rows] for name, x in self.tensors().items()})
 
     @property
     def attended(self) -> Tensor:
@@ -147,12 +149,8 @@ class Batch:
         """Drop the columns that no row uses: padding on the left of prompts and on the right of replies."""
         first = self.prompt_ids.shape[1] - max(int(self.prompt_mask.sum(1).max()), 1)
         last = max(int(self.attended.sum(1).max()), 1)
-        cut = {"prompt_ids": self.prompt_ids[:, first:], "prompt_mask": self.prompt_mask[:, first:]}
-        for f in fields(self):
-            x = getattr(self, f.name)
-            if isinstance(x, Tensor) and x.dim() > 1 and not f.name.startswith("prompt"):
-                cut[f.name] = x[:, :last]
-        return replace(self, **cut)
+        wide = {name: x for name, x in self.tensors().items() if x.dim() > 1}
+        return replace(self, **{n: x[:, first:] if n.startswith("prompt") else x[:, :last] for n, x in wide.items()})
 
     @staticmethod
     def cat(batches: Sequence[Batch], pad_id: int = 0) -> Batch:
@@ -169,6 +167,5 @@ class Batch:
             shape = (0, 0) * (x.dim() - 2) + ((extra, 0) if prompt else (0, extra))
             return F.pad(x, shape, value=pad_id if name.endswith("_ids") else 0)
 
-        names = [f.name for f in fields(Batch) if isinstance(getattr(batches[0], f.name), Tensor)]
-        joined = {name: torch.cat([pad(name, getattr(b, name)) for b in batches]) for name in names}
+        joined = {name: torch.cat([pad(name, getattr(b, name)) for b in batches]) for name in batches[0].tensors()}
         return replace(batches[0], **joined)

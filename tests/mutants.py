@@ -266,8 +266,8 @@ MUTANTS = [
       "TRL: one EOS of many ends a reply"),
     M("rlkl/model.py", "if i is not None and i not in eos", "if i is not None", "model",
       "tiny-grpo, simple_GRPO, torchrl: pad = eos"),
-    M("rlkl/model.py", "mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device="
-      "device)", "mask = ids != pad_id", "mutants_holes", "tiny-grpo: the mask read off the ids"),
+    M("rlkl/model.py", "torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device="
+      "device)", "ids != pad_id", "mutants_holes", "tiny-grpo: the mask read off the ids"),
     M("rlkl/model.py", "return tokenizer(prompt).input_ids", "return tokenizer(prompt).input_ids[:24]",
       "mutants_holes", "lm-human-preference-details: prompts cut to another length"),
     M("rlkl/model.py", "return checkpoint(forward, *args,", "return checkpoint(forward, *(x.detach() for x in args),",
@@ -384,6 +384,12 @@ MUTANTS = [
       "TRL PPO, tiny-grpo: means over padding"),
     M("rlkl/metrics.py", '"length": batch.mask.sum(1)', '"length": batch.mask.logical_not().sum(1)', "golden_verl",
       "TRL: completion lengths"),
+    M("rlkl/metrics.py", "batch.mask[:, 1:] & batch.mask[:, :-1]", "batch.mask[:, 1:]", "hacking"),
+    M("rlkl/metrics.py", "(ids.max() + 1)", "ids.max()", "hacking"),
+    # the meter of reward hacking
+    M("rlkl/hacking.py", "if not reward.risen or any", "if any", "hacking"),
+    M("rlkl/hacking.py", "self.gain and not self.fallen", "self.gain", "hacking"),
+    M("rlkl/hacking.py", "rows[-1 - QUIET : -1]", "rows[:-1]", "hacking"),
     # the loop
     M("train.py", "last_values * batch.truncated", "last_values * 0", "step",
       "cleanrl, TRL PPO: truncation treated as the end"),
