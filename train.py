@@ -212,12 +212,8 @@ def run(cfg: Config, argv: list[str], parts: Parts, start: Path | None) -> Path:
         state = State(**checkpoint.restore(start, parts.policy, parts.optimizer))
     console.print(selfcheck(cfg, parts, fresh=start is None))
     log = RunLog(folder, asdict(cfg), wandb_mode=cfg.log.wandb, project=cfg.log.project, start=state.step)
-<<<<<<< HEAD
-    measure = partial(accuracy, cfg, parts)
-=======
     rows = read_rows(log.path)
-    measure = partial(accuracy, parts, temperature=cfg.eval.temperature, max_new_tokens=cfg.sampling.max_new_tokens)
->>>>>>> f5d7d0932e618471301cbeb9ec1a870bdc6edeb6
+    measure = partial(accuracy, cfg, parts)
 
     def save() -> Path:
         path = checkpoint.save(folder, state.step, parts.policy, parts.tokenizer, parts.optimizer, asdict(state))

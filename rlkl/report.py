@@ -23,9 +23,8 @@ PANELS = {  # title → metrics drawn in it
     "reply length, tokens": ("length",),
 }
 SHOWN = ("reward", "unanimous", "length", "truncated", "entropy", "clip_fraction", "ratio_max", "kl_pi_ref_tok",
-<<<<<<< HEAD
-    "kl_pi_ref_seq", "kl_old_pi", "sampler_gap", "explained_variance", "grad_norm/policy", "grad_norm/critic",
-    "tokens_per_second")
+    "kl_pi_ref_seq", "ref_logprob", "distinct", "kl_old_pi", "sampler_gap", "explained_variance", "grad_norm/policy",
+    "grad_norm/critic", "tokens_per_second")
 COMPARED = {"reward": "reward", "heldout/accuracy": "held-out accuracy"}  # metric → its name, a row of panels each
 
 
@@ -38,10 +37,6 @@ class Told(NamedTuple):
     before: dict[str, float]  # held out; empty where it is not known
     after: dict[str, float]  # empty before the end
     best: tuple[float, int] | None  # held-out accuracy, and the step it was reached at
-=======
-    "kl_pi_ref_seq", "ref_logprob", "distinct", "kl_old_pi", "sampler_gap", "explained_variance", "grad_norm/policy",
-    "grad_norm/critic", "tokens_per_second")
->>>>>>> f5d7d0932e618471301cbeb9ec1a870bdc6edeb6
 
 
 def write(folder: Path, rows: list[dict], before: dict[str, float], after: dict[str, float]) -> None:
