@@ -16,7 +16,7 @@ from runs_fixture import ROOT, SMALL, rows
 from test_kl import F64, P_NATS, Q_NATS, enumerated, grad, gradients, kl
 
 import train
-from rlkl import cli, config
+from rlkl import cli, config, dynamic
 from rlkl.algorithm import algorithm, updates
 from rlkl.explain.tabular import TREE, probabilities
 from rlkl.kl import KL, KL_LOSSES, KL_OLD_LOSSES, REFUSED, TRAPS, k1, k3
@@ -386,6 +386,7 @@ def test_the_page_names_exactly_the_metrics_that_runs_write(two_runs):
     written = {as_named(key) for run in two_runs.values() for row in run for key in row}
     for loss in LOSSES.values():
         written |= set(loss(*contract.problem())[1])
+    written |= {"refilled", *dynamic.solved({})}  # of sampling.unanimous=refill and sampling.curriculum
     assert set(named_metrics()) == written - {"step", "sample"}
     assert {"explained_variance", "heldout/NAME", "reward/PART", "kl_pi_ref_seq", "grad_norm/critic"} <= written
 
