@@ -18,9 +18,10 @@ PANELS = {  # title → metrics drawn in it
     "entropy, nats": ("entropy",),
     "reply length, tokens": ("length",),
 }
-SHOWN = ("reward", "unanimous", "length", "truncated", "entropy", "clip_fraction", "ratio_max", "kl_pi_ref_tok",
-    "kl_pi_ref_seq", "ref_logprob", "distinct", "kl_old_pi", "sampler_gap", "explained_variance", "grad_norm/policy",
-    "grad_norm/critic", "tokens_per_second")
+SHOWN = ("reward", "ref_logprob", "distinct", "unanimous", "length", "truncated", "entropy", "clip_fraction",
+    "ratio_max", "kl_pi_ref_tok",
+    "kl_pi_ref_seq", "kl_old_pi", "sampler_gap", "explained_variance", "grad_norm/policy", "grad_norm/critic",
+    "tokens_per_second")
 
 
 def write(folder: Path, rows: list[dict], before: dict[str, float], after: dict[str, float]) -> None:
