@@ -212,7 +212,6 @@ def run(cfg: Config, argv: list[str], parts: Parts, start: Path | None) -> Path:
         state = State(**checkpoint.restore(start, parts.policy, parts.optimizer))
     console.print(selfcheck(cfg, parts, fresh=start is None))
     log = RunLog(folder, asdict(cfg), wandb_mode=cfg.log.wandb, project=cfg.log.project, start=state.step)
-    rows = read_rows(log.path)
     measure = partial(accuracy, cfg, parts)
 
     def save() -> Path:
@@ -220,7 +219,7 @@ def run(cfg: Config, argv: list[str], parts: Parts, start: Path | None) -> Path:
         checkpoint.prune(folder, cfg.checkpoint.keep, state.best_step)
         return path
 
-    state.before = state.before or measure(samples=cfg.eval.samples)
+    rows, state.before = read_rows(log.path), state.before or measure(samples=cfg.eval.samples)
     console.print(f"run: {folder}   {len(parts.train)} prompts, {len(parts.heldout)} held out {state.before}")
     with Interrupt() as interrupt, progress(state.step, cfg.optim.steps) as advance:
         while state.step < cfg.optim.steps and not interrupt.asked:

@@ -31,8 +31,7 @@ def distinct(batch: Batch) -> Tensor:
     """
     ids, both = batch.response_ids, batch.mask[:, 1:] & batch.mask[:, :-1]
     pairs = (ids[:, :-1] * (ids.max() + 1) + ids[:, 1:]).masked_fill(~both, -1).sort(1).values
-    repeated = (pairs[:, 1:] == pairs[:, :-1]) & (pairs[:, 1:] >= 0)
-    return 1 - repeated.sum() / both.sum().clamp_min(1)
+    return 1 - ((pairs[:, 1:] == pairs[:, :-1]) & (pairs[:, 1:] >= 0)).sum() / both.sum().clamp_min(1)
 
 
 def credited(batch: Batch) -> dict[str, float]:
