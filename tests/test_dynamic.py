@@ -3,6 +3,7 @@ an average over every reply, and a run that is resumed draws what it would have 
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -207,7 +208,8 @@ def test_refill_without_anything_to_refill_is_drop(base):
             state.step = number
             row, _ = train.training_step(cfg, parts, state)
             assert row["unanimous"] == 0
-        found.append(parts.optimizer.gradients)
+        recorder: Any = parts.optimizer
+        found.append(recorder.gradients)
     assert all(torch.equal(a[k], b[k]) for a, b in zip(*found, strict=True) for k in a if a[k] is not None)
 
 
