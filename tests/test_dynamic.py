@@ -234,3 +234,14 @@ def test_a_resumed_run_draws_what_it_would_have_drawn(base, options):
 def test_a_group_of_one_cannot_be_refilled():
     with pytest.raises(UserError, match=r"sampling.unanimous=refill would drop every group of 1"):
         config.load(["sampling.unanimous=refill", "sampling.group_size=1"])
+
+
+def test_explain_counts_what_may_be_refilled():
+    from rlkl.explain.footprint import architecture, tokens
+
+    def sampled(*options):
+        cfg = config.load(["sampling.prompts=3", "sampling.group_size=2", "sampling.max_new_tokens=5", *options])
+        return tokens(cfg, architecture(cfg)[1]).sampled
+
+    assert sampled("sampling.unanimous=drop") == 3 * 2 * 5
+    assert sampled("sampling.unanimous=refill", "sampling.refills=2") == 3 * sampled()
