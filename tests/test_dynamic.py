@@ -3,6 +3,7 @@ an average over every reply, and a run that is resumed draws what it would have 
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -207,7 +208,8 @@ def test_refill_without_anything_to_refill_is_drop(base):
             state.step = number
             row, _ = train.training_step(cfg, parts, state)
             assert row["unanimous"] == 0
-        found.append(parts.optimizer.gradients)
+        recorder: Any = parts.optimizer
+        found.append(recorder.gradients)
     assert all(torch.equal(a[k], b[k]) for a, b in zip(*found, strict=True) for k in a if a[k] is not None)
 
 
@@ -232,3 +234,14 @@ def test_a_resumed_run_draws_what_it_would_have_drawn(base, options):
 def test_a_group_of_one_cannot_be_refilled():
     with pytest.raises(UserError, match=r"sampling.unanimous=refill would drop every group of 1"):
         config.load(["sampling.unanimous=refill", "sampling.group_size=1"])
+
+
+def test_explain_counts_what_may_be_refilled():
+    from rlkl.explain.footprint import architecture, tokens
+
+    def sampled(*options):
+        cfg = config.load(["sampling.prompts=3", "sampling.group_size=2", "sampling.max_new_tokens=5", *options])
+        return tokens(cfg, architecture(cfg)[1]).sampled
+
+    assert sampled("sampling.unanimous=drop") == 3 * 2 * 5
+    assert sampled("sampling.unanimous=refill", "sampling.refills=2") == 3 * sampled()

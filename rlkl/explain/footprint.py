@@ -92,7 +92,9 @@ def tokens(cfg: Config, tokenizer: PreTrainedTokenizerBase, task: Any = None) ->
     greedy = cfg.sampling.prompts * (cfg.sampling.baseline != "none")
     whole = rows * (longest + cfg.sampling.max_new_tokens)
     passes = cfg.model.reference + reads_old(cfg)
-    return Tokens(longest, (rows + greedy) * cfg.sampling.max_new_tokens, passes * whole, cfg.optim.epochs * whole)
+    rounds = 1 + cfg.sampling.refills * (cfg.sampling.unanimous == "refill")
+    sampled = rounds * (rows + greedy) * cfg.sampling.max_new_tokens
+    return Tokens(longest, sampled, passes * whole, cfg.optim.epochs * whole)
 
 
 def memory(cfg: Config, config: Any, longest: int, width: int, exact: bool, cuda: bool) -> Memory:
