@@ -38,10 +38,10 @@ check: $(BIN)/.dev  ## lint and types
 learn: $(BIN)/.dev  ## PPO and GRPO from 3 seeds, and a control with shuffled advantages: about 20 minutes
 	@$(BIN)/python tests/learn.py
 
-question: $(BIN)/.run  ## KL or trust region? 105 arms, 3 seeds, an hour; an arm that was run is not run again
+question: $(BIN)/.run  ## KL or trust region? 132 arms of 3 seeds, half an hour on 2 cores; resumable
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.question.grid
 
-question-quick: $(BIN)/.run  ## its four corners at 16 epochs, one seed: about 3 minutes
+question-quick: $(BIN)/.run  ## its four corners at 16 epochs, one seed: 3 minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.question.grid --quick
 
 figures: $(BIN)/.run  ## the pictures and tables of docs/question-results.md: make figures RESULTS=runs/question/arms.jsonl

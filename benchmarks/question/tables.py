@@ -106,9 +106,9 @@ def at_equal_kl(rows: list[dict]) -> str:
     for name in ESTIMATORS:
         cells = []
         for kl in EQUAL:
-            found = [gold for seed in sorted({r["seed"] for r in group(rows, name)})
-                     if (gold := between([r for r in group(rows, name) if r["seed"] == seed], kl)) is not None]
-            cells.append(" / ".join(f"{x:.2f}" for x in found) or "–")
+            found = [between([r for r in group(rows, name) if r["seed"] == seed], kl)
+                     for seed in sorted({r["seed"] for r in group(rows, name)})]
+            cells.append(" / ".join("–" if x is None else f"{x:.2f}" for x in found) or "–")
         lines.append([f"`{name}`", *cells])
     return table(["gold at a KL(π‖ref) of", *(f"{kl:g} nats" for kl in EQUAL)], lines)
 
