@@ -226,7 +226,7 @@ def test_distinct_is_what_sets_of_pairs_say_with_ids_of_a_large_vocabulary():
 
 
 def test_ref_logprob_is_the_reference_s_own_log_prob_of_a_token_and_absent_without_one():
-    batch, new = random_batch(6, critic=False)
+    batch, _ = random_batch(6, critic=False)
     meters = train.Meters()
     for micro in batch.split(4):
         meters.add(micro.mask, train.distances(micro.old_logprobs, micro))
@@ -268,7 +268,8 @@ def test_a_resumed_run_suspects_what_the_uninterrupted_one_does_and_does_not_rep
     assert [timeless(row) for row in rows(here / "whole")] == [timeless(row) for row in rows(here / "halves")]
     assert differences(here / "whole", here / "halves") == []
     state = json.loads((here / "halves" / "checkpoints" / "step-000014" / "state.json").read_text())
-    assert [episodes(rows(here / name), state["before"]) for name in ("whole", "halves")][0] != []
+    for name in ("whole", "halves"):
+        assert episodes(rows(here / name), state["before"]) != []
 
 
 @pytest.mark.usefixtures("here")

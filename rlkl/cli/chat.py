@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> None:
     (path,), changes = parse(argv, "chat", "RUN")
     run, how = find(path), config.load(changes, schema=Chat)
     folder = checkpoint_of(run, how.step)
-    tokenizer, *policies = both(run.cfg, folder, pick_device(how.device))
+    own = replace(run.cfg, task=kept(run, run.cfg.task))
+    tokenizer, *policies = both(own, folder, pick_device(how.device))
     sampler = resolve(kept(run, run.cfg.sampling.backend), SAMPLERS, "sampling.backend")
     rule = rule_of(how, run.cfg, policies[1], tokenizer)
     room, context = how.max_new_tokens or run.cfg.sampling.max_new_tokens, context_of(policies[1].lm)

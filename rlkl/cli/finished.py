@@ -12,12 +12,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from rich.markup import escape
 
-from rlkl import checkpoint, config, lora
+from rlkl import checkpoint, config, lora, runs
 from rlkl.build import dtype_of
 from rlkl.cli.common import model_name
+from rlkl.config import resolve
 from rlkl.errors import UserError
 from rlkl.model import Policy, load, reference_of
 from rlkl.schema import Config
+from rlkl.tasks import TASKS
 from rlkl.terminal import console, usage
 
 S = TypeVar("S")
@@ -112,7 +114,7 @@ def newest_state(run: Run) -> dict[str, Any] | None:
 def kept(run: Run, plugin: dict[str, Any]) -> dict[str, Any]:
     """A plug-in from a file as the run keeps it, however the file was changed or moved since."""
     file, colon, function = plugin["name"].rpartition(":")
-    copy = run.folder / "plugins" / Path(file).name
+    copy = run.folder / "plugins" / runs.plugin_files(run.cfg).get(Path(file), "")
     return plugin | {"name": f"{copy}:{function}"} if colon and file.endswith(".py") and copy.is_file() else plugin
 
 
@@ -122,7 +124,8 @@ def both(cfg: Config, folder: Path, device: torch.device) -> tuple[Any, Policy, 
     An adapter is put beside its base as in training, not merged: the same numbers to the bit.
     """
     dtype = dtype_of(cfg, device)
-    before, tokenizer = load(model_name(cfg.model.name), device=device, dtype=dtype)
+    task = resolve(cfg.task, TASKS, "task")("train") if cfg.model.name == "tiny" else None  # which made the base
+    before, tokenizer = load(model_name(cfg.model.name, task), device=device, dtype=dtype)
     if cfg.lora.r:
         after = before
         lora.adapt(after.lm, **asdict(cfg.lora))
