@@ -34,7 +34,7 @@ from rlkl import config
 from rlkl.build import build, pick_device
 from rlkl.terminal import console
 
-PROMPTS, GROUP, VOCABULARY = 32, 8, 64
+PROMPTS, GROUP, VOCABULARY = 16, 8, 64
 KINDS = {  # tokens of a reply; a random model ends with chance 1/64 a token: 205 of them are 30 % used
     "fixed": 128, "ragged": 205}
 REWARD = """

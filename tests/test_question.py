@@ -293,9 +293,16 @@ def test_paths_on_the_simplex_end_where_the_closed_forms_say():
 
 
 # What is committed
-def test_the_page_says_what_the_results_file_says():
-    page, found = ROOT / tables.PAGE, read_rows(ROOT / tables.RESULTS)
-    assert tables.filled(page.read_text(encoding="utf-8"), found) == page.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda p: p.name)
+def test_the_pages_say_what_the_results_file_says(page):
+    text, found = (ROOT / page).read_text(encoding="utf-8"), read_rows(ROOT / tables.RESULTS)
+    assert tables.filled(text, found) == text
+    assert "<!-- corners-16 -->\n| 16 epochs" in text
+
+
+def test_every_table_stands_on_the_page_of_results():
+    text = (ROOT / tables.PAGE).read_text(encoding="utf-8")
+    assert all(f"<!-- {name} -->" in text for name in tables.sections(read_rows(ROOT / tables.RESULTS)))
 
 
 def test_the_pictures_of_the_page_are_there_and_small():

@@ -1,4 +1,4 @@
-"""The tables of docs/question-results.md, from the file of results alone: python -m benchmarks.question.tables."""
+"""The tables of the question's pages, from the file of results alone: python -m benchmarks.question.tables."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rlkl.log import read_rows
 
 RESULTS = Path("benchmarks/results/question.jsonl")
 PAGE = Path("docs/question-results.md")
+PAGES = (PAGE, Path("docs/kl-or-trust-region.md"))
 EQUAL = (2.0, 4.0, 8.0)  # nats a reply, at which estimators are compared
 NEAR = 3.0  # ends further apart than this factor of KL say nothing of what is between them
 
@@ -150,17 +151,16 @@ def claims(rows: list[dict]) -> str:
 
 
 def sections(rows: list[dict]) -> dict[str, str]:
-    """What stands between `<!-- name -->` and `<!-- /name -->` on the page."""
+    """What stands between `<!-- name -->` and `<!-- /name -->` on the pages."""
     fixed = {"reward": reward(rows), "claims": claims(rows), "corners-16": corners(rows, 16),
              "corners-4": corners(rows, 4), "health": health(rows), "equal": at_equal_kl(rows)}
     return fixed | {name: sweep(rows, name) for name in ESTIMATORS}
 
 
 def filled(page: str, rows: list[dict]) -> str:
-    for name, text in sections(rows).items():
-        before, after = re.split(rf"<!-- {name} -->\n.*?<!-- /{name} -->", page, maxsplit=1, flags=re.S)
-        page = before + f"<!-- {name} -->\n{text}\n<!-- /{name} -->" + after
-    return page
+    found = sections(rows)
+    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->",
+                  lambda m: f"<!-- {m[1]} -->\n{found[m[1]]}\n<!-- /{m[1]} -->", page, flags=re.S)
 
 
 def show(rows: list[dict]) -> None:
@@ -174,8 +174,9 @@ def show(rows: list[dict]) -> None:
 
 def main(argv: list[str]) -> None:
     rows = results(argv)
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
-    print(PAGE)
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8"), rows), encoding="utf-8")
+        print(page)
 
 
 if __name__ == "__main__":
