@@ -62,9 +62,10 @@ compat:  ## the tests on the oldest supported versions, in an environment of the
 	@$(VENV)-compat/bin/python -m pip install -q --disable-pip-version-check -c tests/compat.txt -e . pytest hypothesis
 	@$(TEST) $(VENV)-compat/bin/python -m pytest
 
-bench: $(BIN)/.run  ## seconds of each phase of a step; log-probs: time, memory and error
+bench: $(BIN)/.run  ## seconds of each phase of a step; log-probs: time, memory and error; rollouts against generate
 	@$(BIN)/python -m benchmarks.step
 	@$(BIN)/python -m benchmarks.logprobs
+	@$(BIN)/python -m benchmarks.rollout
 
 gpu:  ## the tests of kernels, log-probs, policy and rollouts with the python3 at hand; installs nothing
-	@$(TEST) python3 -m pytest tests/gpu tests/test_logprobs.py tests/test_rollout.py
+	@$(TEST) python3 -m pytest tests/gpu tests/test_logprobs.py tests/test_rollout.py tests/test_engine.py

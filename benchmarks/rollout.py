@@ -179,7 +179,8 @@ def main(argv: list[str] | None = None) -> dict:
     cuda = torch.cuda.is_available()
     works = QUICK if args.quick else CUDA if cuda else CPU
     device = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__,
+                "python": platform.python_version()}
     results = {f"{work.name}, {kind}": measure(work, kind == "ragged", 1 if args.quick else args.pairs)
                for work in works for kind in ("fixed", "ragged")}
     table = Table("", "backend", "tokens/s", "× generate", title="rollouts, medians of alternating runs")

@@ -58,10 +58,8 @@ def grpo(rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_size: in
     scale = batch divides by the std over the whole rollout instead (Liu et al. 2025, arXiv:2508.08221).
     """
     returns, centred, there = _centred(rewards, mask, group_size)
-    around, axes = (centred, 1) if scale == "group" else ((returns - returns[there].mean()) * there, (0, 1))
-    size = there.sum(axes, keepdim=True, dtype=returns.dtype)
-    std = around.std(axes, correction=0, keepdim=True) * (there.numel() / size.numel() / (size - 1).clamp_min(1)).sqrt()
-    return _spread(centred / (std + 1e-6), mask), None
+    over = (returns, there) if scale == "group" else (returns.view(1, -1), there.view(1, -1))
+    return _spread(centred / (_std(*over) + 1e-6), mask), None
 
 
 def dr_grpo(rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_size: int) -> Credit:
@@ -72,7 +70,7 @@ def dr_grpo(rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_size:
 def rloo(rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_size: int) -> Credit:
     """R - mean of the *other* samples = G/(G-1) · (R - mean) (RLOO, Ahmadian et al. 2024, arXiv:2402.14740)."""
     _, centred, there = _centred(rewards, mask, group_size)
-    size = there.sum(1, keepdim=True)
+    size = there.sum(1, keepdim=True).to(centred.dtype)
     return _spread(centred * (size / (size - 1).clamp_min(1)), mask), None
 
 
@@ -187,6 +185,14 @@ def _centred(rewards: Tensor, mask: Tensor, group_size: int) -> tuple[Tensor, Te
     unanimous = highest.amax(1, keepdim=True) <= lowest.amin(1, keepdim=True)  # the std of equal floats is not 0
     mean = returns.sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp_min(1)
     return returns, (returns - mean).masked_fill(unanimous | ~there, 0.0), there
+
+
+def _std(x: Tensor, there: Tensor) -> Tensor:
+    """(n, g) → (n, 1), ddof 1, over the rows that are there; the others are given their mean, which adds nothing."""
+    size = there.sum(1, keepdim=True).to(x.dtype)
+    filled = torch.where(there, x, x.sum(1, keepdim=True) / size.clamp_min(1))
+    others = x.shape[1] - 1  # 0: a group of one, whose std is 0 here
+    return filled.std(1, correction=min(others, 1), keepdim=True) * (others / (size - 1).clamp_min(1)).sqrt()
 
 
 def _spread(per_row: Tensor, mask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlkl.kernels.plain import TORCH, Functions
-from rlkl.tiles import tiled, vocabulary
+from rlkl.tiles import product, tiled, vocabulary
 from rlkl.types import Head
 
 LOGITS_BUDGET = 2**28  # bytes of logits up to which the plain way is the fast one
@@ -33,12 +33,10 @@ class TokenStats(NamedTuple):
 def head_logits(hidden: Tensor, head: Head) -> Tensor:
     """(M, D) → (M, V) logits in float32, also from bf16 states: rounded logits cost 1–2 % per token in the ratio."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    logits = hidden.to(wide) @ head.weight.to(wide).T
-    if head.bias is not None:
-        logits = logits + head.bias.to(wide)
-    logits = logits * head.scale
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
+    sampling = hidden.is_cuda and not torch.is_grad_enabled()  # then without a float32 copy of the weights
+    logits = product(hidden, head.weight) if sampling else hidden.to(wide) @ head.weight.to(wide).T
+    logits = (logits if head.bias is None else logits + head.bias.to(wide)) * head.scale
+    logits = logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
     if vocabulary(head) < len(head.weight):
         logits = logits.masked_fill(torch.arange(len(head.weight), device=logits.device) >= head.vocab_size, -torch.inf)
     return logits

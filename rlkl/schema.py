@@ -82,8 +82,8 @@ class Lora:
 
 @dataclass(config=STRICT)
 class Sampling:
-    backend: Plugin = plugin("cached")
-    """rollout backend, the same tokens from each"""
+    backend: Plugin = plugin("engine")
+    """rollout backend, the same tokens from each: engine is the fast one, cached and naive the ones to read"""
     prompts: PositiveInt = 64
     """N, prompts per step"""
     group_size: PositiveInt = 8

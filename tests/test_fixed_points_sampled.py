@@ -77,7 +77,7 @@ def parts_of(cfg, game: Game, half: int) -> Parts:
         "sampler": SAMPLERS["naive"], "reward": reward, "advantage": chosen.advantage, "selector": chosen.selector,
         "loss": chosen.loss, "kl_ref": chosen.kl_ref, "kl_old": chosen.kl_old, "reads_old": reads_old(cfg),
         "train": [Example("")], "heldout": [], "solved": lambda example, reply: False,
-        "grade": lambda example, reply: {},
+        "grade": lambda example, reply: {}, "scoring": None,
     }
     return Parts(**{f.name: made[f.name] for f in fields(Parts)})
 

@@ -70,7 +70,7 @@ def test_a_fresh_adapter_changes_no_bit_and_every_kl_to_the_reference_is_exactly
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("name", EVERY)
 def test_a_trained_adapter_moves_the_policy_and_not_the_reference(name, full):
-    norm = {"gpt2": "ln_f", "phi": "final_layernorm"}.get(name, "model.norm")
+    norm = {"gpt2": "ln_f", "phi": "final_layernorm", "gpt_neox": "final_layer_norm"}.get(name, "model.norm")
     policy, first, batch = adapted(name, full=[norm] if full else []), plain(name), forced(ragged(), 0.7)
     reference = reference_of(policy)
     check_reproduced(policy)

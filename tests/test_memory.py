@@ -173,6 +173,7 @@ def test_activations_are_planned_as_they_are_kept(name, adapter, checkpointing):
     """
     kind, options = CONFIGS[name]
     layers = {"n_layer" if name == "gpt2" else "num_hidden_layers": 5}
+    layers |= {each: (options[each] * 5)[:5] for each in ("layer_types", "no_rope_layers") if each in options}
     big = kind(**options | layers)
     policy = Policy(footprint.AutoModelForCausalLM.from_config(big), vocab_size=VOCAB).eval()
     if adapter:

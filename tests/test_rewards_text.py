@@ -235,7 +235,7 @@ def test_one_section_without_a_weight_is_the_reward_itself(batch):
 
 
 def test_a_name_that_does_not_exist_names_the_choices():
-    with pytest.raises(UserError, match=r"reward.name='nope': choose repetition, task, file.py:function"):
+    with pytest.raises(UserError, match=r"reward.name='nope': choose repetition, judge, reward_model, task, file.py:function"):
         assemble([{"name": "nope"}], constant(), scoring())
 
 

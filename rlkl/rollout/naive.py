@@ -46,6 +46,6 @@ def decode(logits: Callable[[Tensor, Tensor], Tensor], prompt_ids: Tensor, promp
         alive = alive & ~torch.isin(token, eos)  # the EOS itself was sampled: it is an action, and stays in the mask
         if not alive.any():
             break
-    sampled = (torch.stack(column, 1) for column in zip(*columns, strict=True))
-    batch = Batch(prompt_ids, prompt_mask, *sampled, truncated=alive, temperature=rule.temperature or 1.0)
-    return batch if rule.stop is None else cut(batch, rule)
+    sampled = Batch(prompt_ids, prompt_mask, *(torch.stack(column, 1) for column in zip(*columns, strict=True)),
+                    truncated=alive, temperature=rule.temperature or 1.0)
+    return sampled if rule.stop is None else cut(sampled, rule)
