@@ -146,6 +146,13 @@ def measure(kind: str, steps: int) -> dict[str, Any]:
             "ratio_per_token": statistics.median(per_token), "steps": len(mine)}
 
 
+def markdown(found: dict[str, Any]) -> str:
+    """The table of docs/rollout.md."""
+    lines = ["| replies | rlkl, s a step | TRL, s a step | × TRL, a token |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {kind} | {r['seconds']['rlkl']:.2f} | {r['seconds']['trl']:.2f} | "
+                                f"{r['ratio_per_token']:.2f} |" for kind, r in found["results"].items())])
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=4)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import logprobs, ops, peers
+from benchmarks import logprobs, ops, peers, rollout
 from benchmarks.logprobs import QUICK, SHAPES, Live, first, inputs
+from rlkl.rollout import cached, engine
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,3 +83,37 @@ def test_the_table_of_the_docs_is_the_measured_one():
         rows = [shapes[shape][name] for shape in ("C1", "C2")]
         assert cells == [text for row in rows for text in (
             f"{row['to_naive']:.2f}", f"{row['extra_bytes'] / 1e6:.0f}", f"{row['logprob_max']:.0e}")]
+
+
+# ---------------------------------------------------------------- rollouts, and a step against TRL's
+
+
+def test_the_page_about_rollouts_says_what_the_results_files_say():
+    page = (ROOT / "docs" / "rollout.md").read_text(encoding="utf-8")
+    told = page.split("<!-- measured -->\n")[1].split("<!-- /measured -->")[0]
+    found = [json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()) for name in (
+        "rollout-cpu", "trl-step-cpu")]
+    assert rollout.markdown(found[0]) in told
+    assert rollout_against_trl(found[1]) in told
+
+
+def rollout_against_trl(found: dict) -> str:
+    lines = ["| replies | rlkl, s a step | TRL, s a step | × TRL, a token |", "|---|---|---|---|"]
+    for kind, row in found["results"].items():
+        ours, theirs = (row["seconds"][name] for name in ("rlkl", "trl"))
+        lines.append(f"| {kind} | {ours:.2f} | {theirs:.2f} | {row['ratio_per_token']:.2f} |")
+    return "\n".join(lines)
+
+
+def test_identical_work_is_counted_alike():
+    """Every backend of the benchmark on a tiny model: full replies are all of the room, ragged ones about 30 %."""
+    work, threads = rollout.QUICK[0], torch.get_num_threads()
+    full, ragged = rollout.Setting(work, ragged=False), rollout.Setting(work, ragged=True)
+    room = work.prompts * work.group * work.tokens
+    assert full.ours(engine, 0) == full.ours(cached, 0) == full.generate(0) == room
+    assert ragged.ours(engine, 0) == ragged.ours(cached, 0)
+    assert 0.1 < ragged.ours(engine, 0) / room < 0.6
+    assert 0.1 < ragged.generate(0) / room < 0.6
+    assert ragged.slot_use() > 0.5
+    assert full.matmuls(8) > 0
+    assert torch.get_num_threads() == threads
