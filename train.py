@@ -58,7 +58,8 @@ def training_step(cfg: Config, parts: Parts, state: State) -> tuple[dict[str, fl
     rng, group, meters = generator(cfg.seed, state.step, "rollout"), cfg.sampling.group_size, Meters()
     clock = [time.perf_counter()]
 
-    # 1. Act, and 2. judge: G replies to each of N prompts, one score per reply.
+    # 1. Act: G replies to each of N prompts.
+    # 2. Judge: one score per reply.
     if cfg.sampling.unanimous == "refill" or cfg.sampling.curriculum != "none":
         batch, scores, row, sample = dynamic(cfg, parts.train, state, partial(act_and_judge, cfg, parts), rng)
     else:

@@ -336,6 +336,7 @@ MUTANTS = [
     M("rlkl/rollout/engine.py", "+ self.steps - self.began[i] for i in live)", "for i in live)", "engine",
       "keys beyond the first look are not read"),
     M("rlkl/rollout/engine.py", 'logging.getLogger("rlkl").warning(line)', "pass", "engine"),
+    M("rlkl/rollout/engine.py", "SLOTS.get(device, 128)", "SLOTS.get(device, 127)", "memory"),
     M("rlkl/rollout/engine.py", "max_kv_gb * 1e9", "max_kv_gb * 2**40", "engine"),
     M("rlkl/rollout/one_pass.py", "ids = ids.clamp_max(logits.shape[1] - 1)", "ids = ids", "engine"),
     M("rlkl/rollout/slots.py", "query.is_cuda and ", "", "engine"),

@@ -158,6 +158,8 @@ def expected(cfg, cuda=False):
     group, beta, loss = cfg.sampling.group_size, cfg.kl_ref.coef, dict(cfg.loss)
     rows = cfg.sampling.prompts * group
     e = {"updates": cfg.optim.epochs * math.ceil(rows / (cfg.optim.minibatch or rows))}
+    if cfg.sampling.unanimous == "refill":
+        e["refills"] = cfg.sampling.refills
     entropy, kind = loss.get("entropy_coef", 0.0), KIND[cfg.kl_ref.place, cfg.kl_ref.estimator] if beta else None
     if entropy:
         e["entropy_bonus"] = entropy
