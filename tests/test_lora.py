@@ -9,7 +9,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from models import CONFIGS, VOCAB, causal_lm, forced, prompts, ragged, replies, rule, uniforms
+from packaging.version import Version
 from rich.console import Console
 from runs_fixture import PPO, arguments, differences, make_base, resume, rows, run
 from torch.utils.flop_counter import FlopCounterMode
@@ -223,7 +225,8 @@ def test_a_checkpoint_loads_with_plain_peft_with_transformers_and_merged_with_lo
     want = policy.lm(ids).logits
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
     assert torch.equal(theirs(ids).logits, want)
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits, want)
+    if not full or Version(transformers.__version__) >= Version("5.23"):  # older ones leave modules_to_save out
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits, want)
     merged, _ = load(str(folder))
     torch.testing.assert_close(merged.lm(ids).logits, want, rtol=0, atol=2e-5)
     assert not lora.adapted(merged.lm)
