@@ -118,7 +118,7 @@ class Dpo(Pairs):
 
 @dataclass(config=STRICT)
 class Draws:
-    backend: Plugin = plugin("cached")
+    backend: Plugin = plugin("engine")
     """rollout backend"""
     prompts: PositiveInt = 1000
     """of the task's training side"""

@@ -324,7 +324,7 @@ MUTANTS = [
     M("rlkl/rollout/one_pass.py", "right=True", "right=False", "engine", "a uniform of 0 picks an id of probability 0"),
     M("rlkl/rollout/one_pass.py", "torch.nextafter(whole, torch.zeros_like(whole))", "whole", "engine"),
     M("rlkl/rollout/engine.py", "self.uniforms[row, count]", "self.uniforms[row, count * 0]", "engine"),
-    M("rlkl/rollout/engine.py", "return sampled(max(slots // 2, 1))", "return sampled(slots)", "engine"),
+    M("rlkl/rollout/engine.py", "return sampled(slots, part=2)", "return sampled(slots // 2)", "engine"),
     M("rlkl/rollout/engine.py", "tokens.gather(1, length[:, None] - 1)", "tokens[:, -1:]", "engine"),
     M("rlkl/rollout/engine.py", "if row is not None and self.rule.stop(self.reply(row))", "if False", "engine",
       "a reply with a stop string goes on"),

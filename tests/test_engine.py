@@ -164,6 +164,7 @@ def test_fewer_slots_where_the_budget_holds_fewer():
 def test_out_of_memory_halves_the_slots_once_and_says_so(monkeypatch, caplog):
     policy, (ids, mask, u) = tiny_policy("llama"), many()
     want, step, most = replies(engine(policy, ids, mask, u, rule())), Run.step, 6
+    want_few = replies(engine(policy, ids, mask, u[:9], rule()))
 
     def scarce(self, count, reach):
         if count > most:
@@ -173,7 +174,9 @@ def test_out_of_memory_halves_the_slots_once_and_says_so(monkeypatch, caplog):
     monkeypatch.setattr(Run, "step", scarce)
     with caplog.at_level(logging.WARNING):
         assert replies(engine(policy, ids, mask, u, rule(), slots=12)) == want
-    assert caplog.messages == ["sampling ran out of memory with 12 slots: once more with 6"]
+        module.say.cache_clear()
+        assert replies(engine(policy, ids, mask, u[:9], rule(), slots=256)) == want_few
+    assert caplog.messages == ["sampling ran out of memory: once more with half the slots"] * 2
     most = 2
     with pytest.raises(torch.OutOfMemoryError):
         engine(policy, ids, mask, u, rule(), slots=12)

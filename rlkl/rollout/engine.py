@@ -45,9 +45,9 @@ def engine(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Te
     device, group = policy.lm.device.type, len(uniforms) // len(prompt_ids)
     prompts = [ids[kept].tolist() for ids, kept in zip(prompt_ids.cpu(), prompt_mask.cpu(), strict=True)]
 
-    def sampled(slots: int) -> Batch:
+    def sampled(slots: int, part: int = 1) -> Batch:
         with sampling_mode(policy):
-            run = Run(policy, prompts, uniforms, rule, slots, max_kv_gb)
+            run = Run(policy, prompts, uniforms, rule, slots, max_kv_gb, part)
             run.to_the_end(sync_every or SYNC_EVERY.get(device, 4),
                            graphs=graphs and device == "cuda" and not dynamic_positions(policy), compile=compile)
             return run.batch(*(repeat(x, "n p -> (n g) p", g=group) for x in (prompt_ids, prompt_mask)))
@@ -59,10 +59,10 @@ def engine(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Te
     except Unsupported as error:
         why = str(error)
     except torch.OutOfMemoryError:
-        say(f"sampling ran out of memory with {slots} slots: once more with {max(slots // 2, 1)}")
+        say("sampling ran out of memory: once more with half the slots")
     if why is None:
         torch.cuda.empty_cache()
-        return sampled(max(slots // 2, 1))
+        return sampled(slots, part=2)
     say(f"sampling.backend=engine cannot serve {policy.lm.config.model_type} ({why}): sampled by cached instead")
     return cached(policy, prompt_ids, prompt_mask, uniforms, rule)
 
@@ -84,7 +84,8 @@ class Run:
     """
 
     def __init__(self, policy: Policy, prompts: list[list[int]], uniforms: Tensor, rule: Sampling, slots: int,
-            max_kv_gb: float | None) -> None:
+            max_kv_gb: float | None, part: int = 1) -> None:
+        """`part`: of the slots that there may be, only one in so many."""
         (rows, columns), device = uniforms.shape, uniforms.device
         self.policy, self.prompts, self.rule = policy, prompts, rule
         self.group, self.idle, self.columns = rows // len(prompts), rows, columns
@@ -92,7 +93,7 @@ class Run:
         self.ready: list[int] = []  # rows that wait for a slot, of prompts that have been read
         self.read()
         room = max(len(p) for p in prompts) + columns - 1  # the last token is not fed
-        slots = min(slots, rows, self.affordable(room, max_kv_gb))
+        slots = max(min(slots, rows, self.affordable(room, max_kv_gb)) // part, 1)
         # of each row; the last one is the idle one
         self.uniforms = F.pad(uniforms, (0, 0, 0, 1))
         self.tokens = torch.full((rows + 1, columns), rule.pad_id, device=device)

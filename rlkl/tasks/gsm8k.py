@@ -9,12 +9,13 @@ from typing import Literal
 from rlkl.errors import UserError
 from rlkl.tasks.extract import LONGEST, NUMBER, number
 from rlkl.tasks.hub import message, require, side
+from rlkl.tasks.listed import Listed
 from rlkl.types import Example
 
 PROMPT = '{question} Let\'s think step by step and output the final answer after "####".'  # the words of verl's recipe
 
 
-class GSM8K:
+class GSM8K(Listed):
     """The training split to train on, the 1319 problems of the test split held out; a single file is cut by a hash.
 
     Two scores, and both are reported before and after: **strict**, the number right after the last `####`, and
@@ -27,12 +28,6 @@ class GSM8K:
         require(rows, ("question", "answer"), path)
         self.paid = paid
         self.examples = [example(row, prompt, chat, path) for row in rows]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
 
     def score(self, example: Example, reply: str) -> float:
         return self.grade(example, reply)[self.paid]

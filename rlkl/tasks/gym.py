@@ -18,6 +18,7 @@ from rlkl.tasks.bounded import bounded
 from rlkl.tasks.extract import tagged
 from rlkl.tasks.hub import message
 from rlkl.tasks.jsonl import bucket
+from rlkl.tasks.listed import Listed
 from rlkl.types import Example
 
 PROMPT = "{question}\nThink step by step, then write the answer alone between <answer> and </answer>."
@@ -29,7 +30,7 @@ ARITHMETIC = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Constant, ast.Name, as
               ast.unaryop, ast.Load)
 
 
-class ReasoningGym:
+class ReasoningGym(Listed):
     """`problems` entries of `dataset`, made from `seed` and its own `options`; its score_answer judges.
 
     About `heldout` of them are held out, by a hash of the question. `tags` off: the whole reply is the answer.
@@ -45,12 +46,6 @@ class ReasoningGym:
         if not self.examples:
             raise UserError(f"task.dataset={dataset!r}: none of {problems} problems falls on the {split} side with "
                             f"task.heldout={heldout}")
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
 
     def score(self, example: Example, reply: str) -> float:
         """What the dataset's own judge says, mostly from 0 to 1; 0 without an answer, or if it does not survive it."""

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from rlkl.errors import UserError
-from rlkl.tasks.jsonl import bucket
+from rlkl.tasks.jsonl import Jsonl, bucket
+from rlkl.tasks.listed import Listed
 from rlkl.types import Example
 
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
-class Hub:
+class Hub(Listed):
     """Any dataset: `prompt` and `answer` name its columns, the others go to Example.info.
 
     `heldout_split` names the split that is held out; without it, as for a single file, about `heldout` of the rows are,
@@ -36,15 +37,7 @@ class Hub:
             asked = message(asked) if chat and isinstance(asked, str) else asked
             self.examples.append(Example(asked, str(wanted), row))
 
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
-
-    def score(self, example: Example, reply: str) -> float:
-        """1 if the reply is the answer, but for white space around it."""
-        return float(reply.strip() == example.answer.strip())
+    score = Jsonl.score  # the reply is the answer, but for white space around it
 
 
 def message(text: str) -> list[dict]:

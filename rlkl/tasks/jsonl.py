@@ -7,10 +7,11 @@ import zlib
 from pathlib import Path
 
 from rlkl.errors import UserError
+from rlkl.tasks.listed import Listed
 from rlkl.types import Example
 
 
-class Jsonl:
+class Jsonl(Listed):
     """Rows of `path`; about `heldout` of them are held out, by a hash of the prompt: equal prompts share a side."""
 
     def __init__(self, split: str, *, path: str, heldout: float = 0.1) -> None:
@@ -24,12 +25,6 @@ class Jsonl:
         self.examples = [e for e in examples if (bucket(e.prompt) < heldout) == (split == "heldout")]
         if not self.examples:
             raise UserError(f"task.path={path!r}: no row falls on the {split} side with task.heldout={heldout}")
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
 
     def score(self, example: Example, reply: str) -> float:
         """1 if the reply is the answer, but for white space around it."""

@@ -11,13 +11,14 @@ from rlkl.errors import UserError
 from rlkl.tasks.bounded import bounded
 from rlkl.tasks.extract import boxed
 from rlkl.tasks.hub import load, message, require, side
+from rlkl.tasks.listed import Listed
 from rlkl.types import Example
 
 PROMPT = "{problem}\nLet's think step by step and output the final answer within \\boxed{}."
 LONGEST = 300  # characters that are parsed: of a box, or of the end of a reply without one
 
 
-class Mathematics:
+class Mathematics(Listed):
     r"""Rows of problem, solution, level and perhaps answer; without that column the answer is the solution's \boxed{}.
 
     Held out: the `test` split of `heldout_path`, by default MATH-500. `levels` keeps some of the five.
@@ -38,12 +39,6 @@ class Mathematics:
         if not self.examples:
             raise UserError(f"task.path={path!r}: no problem with an answer"
                             f"{f' of levels {levels}' if levels else ''} on the {split} side")
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
 
     def score(self, example: Example, reply: str) -> float:
         r"""1 if the last \boxed{…}, or without one the end of the reply, equals the answer, else 0."""

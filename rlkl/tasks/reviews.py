@@ -10,6 +10,7 @@ import re
 import zlib
 from random import Random
 
+from rlkl.tasks.listed import Listed
 from rlkl.types import Example
 
 ASPECTS = ("plot", "cast", "music", "pace", "ending", "humor", "action", "camera", "sound", "lights", "sets", "script")
@@ -21,7 +22,7 @@ VALUES = {
 REPLY = re.compile(r"([a-z]{1,9}) ([a-z]{1,9}), ([a-z]{1,9}) ([a-z]{1,9})")
 
 
-class Reviews:
+class Reviews(Listed):
     """`size` reviews of pairs of aspects, adjectives drawn at random; 1 pair in 10 is held out, in either order.
 
     plot and cast: wants something like "dull plot, witty cast".
@@ -31,12 +32,6 @@ class Reviews:
         pairs = [p for p in itertools.permutations(ASPECTS, 2) if held_out(*p) == (split == "heldout")]
         rng = Random(split)
         self.examples = [review(*pairs[i % len(pairs)], rng) for i in range(size)]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
 
     def score(self, example: Example, reply: str) -> float:
         """The mean value of the two adjectives, from -1 to 1; -1 for what is not a review of these aspects."""

@@ -8,12 +8,12 @@ from models import causal_lm, forced, prompts, ragged, replies, rule, tiny_polic
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rlkl.logprobs import token_logprobs
+from rlkl.logprobs import head_logits, token_logprobs
 from rlkl.model import Policy, check_reproduced, reference_of
 from rlkl.optim import Optimizer
 from rlkl.rollout import SAMPLERS, cached, naive, pick
 from rlkl.rollout.sample import draw_uniforms
-from rlkl.types import Batch, Sampling
+from rlkl.types import Batch, Head, Sampling
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -226,3 +226,17 @@ def test_padding_reaches_no_row_of_token_logprobs(large):
     torch.testing.assert_close(*grads, rtol=0.02, atol=1e-3)
     stats = token_logprobs(torch.zeros(0, 64, device="cuda"), large.head, torch.zeros(0, dtype=torch.long).cuda())
     assert stats.logprobs.shape == (0,)
+
+
+def test_logits_of_sampled_states_need_no_float32_copy_of_the_unembedding():
+    """One token of each row at a time: the copy would be read and written for every one of them."""
+    head = Head(torch.randn(50_000, 1024, device="cuda", dtype=torch.bfloat16))
+    hidden = torch.randn(4, 1024, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        head_logits(hidden, head)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        logits = head_logits(hidden, head)
+    assert logits.dtype == torch.float32
+    assert torch.cuda.max_memory_allocated() - before < head.weight.numel()
+    assert torch.allclose(logits, hidden.float() @ head.weight.float().T, rtol=1e-3, atol=1e-2)
