@@ -38,8 +38,9 @@ from rlkl.terminal import console
 MEASURED = 512  # replies of the policy that an arm ends with
 CURVES = {  # name here → name in metrics.jsonl
     "proxy": "reward", "gold": "reward/task", "invalid": "reward/task/invalid", "length": "length",
-    "truncated": "truncated", "entropy": "entropy", "kl_pi_ref_seq": "kl_pi_ref_seq", "kl_old_pi": "kl_old_pi",
-    "clip_fraction": "clip_fraction", "ratio_max": "ratio_max", "ess": "ess", "grad_norm": "grad_norm/policy"}
+    "truncated": "truncated", "distinct": "distinct", "entropy": "entropy", "ref_logprob": "ref_logprob",
+    "kl_pi_ref_seq": "kl_pi_ref_seq", "kl_old_pi": "kl_old_pi", "clip_fraction": "clip_fraction",
+    "ratio_max": "ratio_max", "ess": "ess", "grad_norm": "grad_norm/policy"}
 
 
 def run(arm: Arm) -> dict:
