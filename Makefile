@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline PYTHONPATH=.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check learn examples question question-quick figures crash golden mutants compat bench gpu
+.PHONY: help setup train test check learn examples question question-quick figures crash measure golden mutants compat bench gpu
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -49,7 +49,10 @@ figures: $(BIN)/.run  ## the pictures and tables of docs/question-results.md: ma
 	@$(BIN)/python -m benchmarks.question.tables $(RESULTS)
 
 examples: $(BIN)/.dev  ## every config for a CPU, end to end, in one table: about 20 minutes
-	@$(TEST) $(BIN)/python tests/examples.py
+	@$(BIN)/python -m benchmarks.examples
+
+measure: $(BIN)/.dev  ## every config for a CPU as it stands, and the tables of the pages from it: about 40 minutes
+	@$(BIN)/python -m benchmarks.measured
 
 crash: $(BIN)/.dev  ## kill -9 at 20 random moments, resumed each time, against an uninterrupted run
 	@$(TEST) $(BIN)/python tests/crash.py

@@ -413,7 +413,7 @@ MUTANTS = [
 def run(mutant: Mutant | None, tests: str) -> tuple[str, str]:
     """(verdict, output): killed, survived or broken, where the tests could not be run, as where nothing imports."""
     with tempfile.TemporaryDirectory() as scratch:
-        for name in ("rlkl", "tests", "configs"):
+        for name in ("rlkl", "tests", "configs", "benchmarks", "docs"):
             shutil.copytree(ROOT / name, Path(scratch) / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("train.py", "pyproject.toml"):
             shutil.copy(ROOT / name, scratch)

@@ -5,12 +5,12 @@ import math
 import re
 from pathlib import Path
 
-import examples
 import pytest
-from examples import EXAMPLES, Example, command, measured, verdict
 from runs_fixture import ROOT
 from test_supervised import SCHEMAS
 
+from benchmarks import examples
+from benchmarks.examples import EXAMPLES, Example, command, measured, verdict
 from rlkl import config, terminal
 from rlkl.cli import COMMANDS
 from rlkl.schema import Config
@@ -54,8 +54,8 @@ def test_before_and_after_are_read_from_the_table_that_a_run_prints(capsys):
                                   {"accuracy": 0.75, "pass@4": 1.0, "loss": 0.125, "gold": 0.5}, "held out")
     said = caught.get()
     assert [measured(said, n) for n in ("accuracy", "pass@4", "loss", "gold")] == [
-        (0.25, 0.75), (0.5, 1.0), (3.0, 0.125), (-1.0, 0.5)]
-    assert measured("pairs.jsonl: 2345 pairs; 12 prompts left out", "pairs") == (0, 2345)
+        [0.25, 0.75], [0.5, 1.0], [3.0, 0.125], [-1.0, 0.5]]
+    assert measured("pairs.jsonl: 2345 pairs; 12 prompts left out", "pairs") == [0, 2345]
     assert measured(said, "greedy") is None
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from random import Random
 from statistics import fmean
 
@@ -10,10 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs_fixture import differences, resume, rows, run, timeless
+from runs_fixture import ROOT, differences, resume, rows, run, timeless
 
 import train
+from benchmarks.question import tables
+from benchmarks.question.meter import metrics, told
 from rlkl.hacking import QUIET, episodes, is_news, noise, suspicion
+from rlkl.log import read_rows
 from rlkl.metrics import distinct
 from rlkl.preflight import random_batch
 from rlkl.types import Batch
@@ -21,9 +23,11 @@ from rlkl.types import Batch
 pytest_plugins = ("runs_fixture",)
 quick = settings(deadline=None, derandomize=True, max_examples=15)
 
-# A bag-of-words reward, and gold by a grammar: reward, gold and log ref of every step, from runs of benchmarks/question
-CURVES = json.loads((Path(__file__).parent / "hacking_curves.json").read_text(encoding="utf-8"))
-GOLD = 0.21  # of the reference
+# A bag-of-words reward, and gold by a grammar
+RESULTS = read_rows(ROOT / tables.RESULTS)
+ARMS = {row["key"]: row for row in RESULTS}
+GOLD = ARMS["reference/reference/0"]["final"]["gold"]
+PAGE = (ROOT / "docs" / "hacking.md").read_text(encoding="utf-8")
 HEALTHY = ("16/both/1", "4/kl/1", "4/both/3", "k1/0.4/1", "exact/0.5/1")  # gold ends near 3
 HACKED = ("16/neither/1", "16/clip/1", "4/neither/2", "4/clip/1", "k3/0.3/1")  # near -2, the reward at 10 to 45
 REPEATS = '''"""Pays for saying one token again and again."""
@@ -38,28 +42,6 @@ REPEAT = ("reward=repeats.py:repeats", "sampling.max_new_tokens=12", "sampling.p
 
 
 # When it speaks
-
-
-def told(course: list[dict], before: dict[str, float] | None = None) -> list[tuple[int, str]]:
-    """The steps with a new warning, and the warning, as the loop of train.py finds them."""
-    said, seen = [], []
-    for row in course:
-        seen.append(dict(row))
-        found = suspicion(seen, before or {})
-        seen[-1]["hacking"] = float(found is not None)
-        if is_news(seen):
-            said.append((row["step"], found))
-    return said
-
-
-def curve(name: str, every: int) -> list[dict]:
-    """An arm of the question, its gold evaluated every so many steps (0: never)."""
-    arm = CURVES[name]
-    course = [{"step": step, "reward": reward, "ref_logprob": ref}
-              for step, (reward, ref) in enumerate(zip(arm["reward"], arm["ref_logprob"], strict=True), 1)]
-    for row in course[every - 1 :: every] if every else []:
-        row["heldout/gold"] = arm["gold"][row["step"] - 1]
-    return course
 
 
 def synthetic(steps: int, seed: int = 0, spread: float = 0.02, every: int = 5, **ends: tuple[float, float]
@@ -78,15 +60,15 @@ def synthetic(steps: int, seed: int = 0, spread: float = 0.02, every: int = 5, *
 @pytest.mark.parametrize("every", [0, 1, 5])
 @pytest.mark.parametrize("name", HEALTHY)
 def test_real_runs_whose_gold_rises_never_warn_whether_it_is_measured_or_not(name, every):
-    assert CURVES[name]["gold"][-1] > 2
-    assert told(curve(name, every), {"gold": GOLD} if every else {}) == []
+    assert ARMS[name]["final"]["gold"] > 2
+    assert told(metrics(ARMS[name], every), {"gold": GOLD} if every else {}) == []
 
 
 @pytest.mark.parametrize("every", [0, 1, 5])
 @pytest.mark.parametrize("name", HACKED)
 def test_real_runs_whose_reward_soars_while_gold_falls_warn_and_say_what_fell(name, every):
-    assert CURVES[name]["gold"][-1] < GOLD - 1
-    said = told(curve(name, every), {"gold": GOLD} if every else {})
+    assert ARMS[name]["final"]["gold"] < GOLD - 1
+    said = told(metrics(ARMS[name], every), {"gold": GOLD} if every else {})
     assert 1 <= len(said) <= 2
     assert said[0][0] <= 30
     assert "ref_logprob" in said[0][1] or "heldout/gold" in said[0][1]
@@ -94,10 +76,10 @@ def test_real_runs_whose_reward_soars_while_gold_falls_warn_and_say_what_fell(na
 
 def test_a_collapse_that_costs_the_reward_too_is_no_hacking():
     """16 epochs without a clip end in empty replies: bad, but nobody was paid for it."""
-    arm = CURVES["16/kl/3"]
-    assert arm["gold"][-1] < GOLD - 1
-    assert arm["reward"][-1] < arm["reward"][0]
-    assert told(curve("16/kl/3", 5), {"gold": GOLD}) == []
+    arm = ARMS["16/kl/3"]
+    assert arm["final"]["gold"] < GOLD - 1
+    assert arm["curves"]["proxy"][-1] < arm["curves"]["proxy"][0]
+    assert told(metrics(arm, 5), {"gold": GOLD}) == []
     up = synthetic(100, reward=(0.2, 0.9), gold=(0.2, 0.9), distinct=(0.9, 0.9))
     down = synthetic(100, reward=(0.9, 0.4), gold=(0.9, 0.1), distinct=(0.9, 0.1))
     assert told(up + [row | {"step": row["step"] + 100} for row in down]) == []

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
+from benchmarks.pages import fill, table
+from benchmarks.question import meter
 from benchmarks.question.arms import CORNERS, ESTIMATORS
 from benchmarks.question.grammar import KIND
 from rlkl.log import read_rows
 
 RESULTS = Path("benchmarks/results/question.jsonl")
 PAGE = Path("docs/question-results.md")
-PAGES = (PAGE, Path("docs/kl-or-trust-region.md"))
+PAGES = (PAGE, Path("docs/kl-or-trust-region.md"), Path("docs/hacking.md"))
 EQUAL = (2.0, 4.0, 8.0)  # nats a reply, at which estimators are compared
 NEAR = 3.0  # ends further apart than this factor of KL say nothing of what is between them
 
@@ -57,10 +58,6 @@ def final(name: str) -> Callable[[dict], float]:
 def peak(name: str) -> Callable[[dict], float]:
     """The largest value on the way."""
     return lambda row: max(x for x in row["curves"][name] if x is not None)
-
-
-def table(head: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
 def corners(rows: list[dict], epochs: int) -> str:
@@ -153,14 +150,9 @@ def claims(rows: list[dict]) -> str:
 def sections(rows: list[dict]) -> dict[str, str]:
     """What stands between `<!-- name -->` and `<!-- /name -->` on the pages."""
     fixed = {"reward": reward(rows), "claims": claims(rows), "corners-16": corners(rows, 16),
-             "corners-4": corners(rows, 4), "health": health(rows), "equal": at_equal_kl(rows)}
+             "corners-4": corners(rows, 4), "health": health(rows), "equal": at_equal_kl(rows),
+             "meter": meter.summary(rows)}
     return fixed | {name: sweep(rows, name) for name in ESTIMATORS}
-
-
-def filled(page: str, rows: list[dict]) -> str:
-    found = sections(rows)
-    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->",
-                  lambda m: f"<!-- {m[1]} -->\n{found[m[1]]}\n<!-- /{m[1]} -->", page, flags=re.S)
 
 
 def show(rows: list[dict]) -> None:
@@ -173,10 +165,7 @@ def show(rows: list[dict]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    rows = results(argv)
-    for page in PAGES:
-        page.write_text(filled(page.read_text(encoding="utf-8"), rows), encoding="utf-8")
-        print(page)
+    fill(PAGES, sections(results(argv)))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,10 @@ class Reviews(Listed):
         values = [VALUES.get(found[i]) for i in (1, 3)]
         return -1.0 if None in values else sum(values) / 2
 
+    def grade(self, example: Example, reply: str) -> dict[str, float]:
+        """What is meant, beside the reward model that is paid."""
+        return {"gold": self.score(example, reply)}
+
 
 def review(first: str, second: str, rng: Random) -> Example:
     one, other = rng.choices(list(VALUES), k=2)

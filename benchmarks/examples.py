@@ -1,6 +1,6 @@
 """`make examples`: every configuration for a CPU, end to end, each as its first line says it is run; one table.
 
-    python tests/examples.py [PATTERN]     those whose name contains it; the tiny-rlhf pipeline needs all its parts
+    python -m benchmarks.examples [PATTERN]     whose name contains it; the tiny-rlhf pipeline needs all its parts
 
 Seconds are those of one core (the CPU time of the run), so a busy machine changes no verdict. Exit code 1 if a run
 fails, does not improve by what is stated here, or takes more than two minutes. Some are shortened: `overrides`.
@@ -72,28 +72,38 @@ def command(example: Example) -> list[str]:
     return [sys.executable, *program, str(path), *example.overrides]
 
 
-def measured(said: str, name: str) -> tuple[float, float] | None:
-    """Before and after, from the table that a run prints last; from nothing to a number, where that is all."""
-    rows = dict(re.findall(r"^│ (\S+) +│ +(-?[\d.]+ +│ +-?[\d.]+) +│$", said, re.MULTILINE))
-    if name in rows:
-        before, after = map(float, rows[name].split("│"))
-        return before, after
+def shown(said: str) -> dict[str, list[float]]:
+    """{name: [before, after]} of the table that a run prints last."""
+    rows = re.findall(r"^│ (\S+) +│ +(-?[\d.]+) +│ +(-?[\d.]+) +│$", said, re.MULTILINE)
+    return {name: [float(before), float(after)] for name, before, after in rows}
+
+
+def measured(said: str, name: str) -> list[float] | None:
+    """Before and after; from nothing to a number, where that is all that is said."""
     number = re.search(rf"(\d+) {name}", said)
-    return (0.0, float(number[1])) if number else None
+    return shown(said).get(name) or ([0.0, float(number[1])] if number else None)
 
 
-def run(example: Example, folder: Path) -> Result:
-    """One run in a process of its own, in a folder that the runs of the pipeline share."""
+def start(example: Example, folder: Path) -> tuple[subprocess.CompletedProcess[str], float]:
+    """One run in a process of its own, in a folder that the runs of the pipeline share; and its CPU seconds."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
     begun = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command(example), cwd=folder, env=env, capture_output=True, text=True, check=False)
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = ended.ru_utime + ended.ru_stime - begun.ru_utime - begun.ru_stime
+    return done, ended.ru_utime + ended.ru_stime - begun.ru_utime - begun.ru_stime
+
+
+def run(example: Example, folder: Path) -> Result:
+    done, seconds = start(example, folder)
     found = measured(done.stdout, example.shown)
     if done.returncode or found is None:
-        lines = done.stderr.strip().splitlines() or ["it said nothing"]
-        return Result(seconds, float("nan"), float("nan"), lines[-1])
+        return Result(seconds, float("nan"), float("nan"), reason(done))
     return Result(seconds, *found, verdict(example, seconds, *found))
+
+
+def reason(done: subprocess.CompletedProcess[str]) -> str:
+    """The last line of a run that failed."""
+    return (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
 
 
 def verdict(example: Example, seconds: float, before: float, after: float) -> str:
