@@ -36,16 +36,16 @@ class Example(NamedTuple):
 EASY = ("task.problems=4000", "task.numbers=[2, 2]", "task.heldout=0.1")
 SMALL = (*EASY, "scratch.layers=4", "scratch.hidden=128", "scratch.heads=2", "optim.epochs=5", "optim.batch=128",
          "optim.lr=1.5e-3")
-SMALL_RL = (*EASY, "sampling.prompts=64", "sampling.max_new_tokens=8", "optim.steps=60", "optim.lr=3e-4",
+SMALL_RL = (*EASY, "sampling.prompts=64", "sampling.max_new_tokens=8", "optim.steps=40", "optim.lr=3e-4",
             "optim.minibatch=128", "eval.prompts=300", "eval.samples=4")
 EXAMPLES = (
-    Example("tiny-grpo", "accuracy", 0.3, ("optim.steps=130",)),
+    Example("tiny-grpo", "accuracy", 0.3, ("optim.steps=90",)),
     Example("tiny-ppo", "accuracy", 0.2, ("optim.steps=100",)),
     Example("tiny-dapo", "accuracy", 0.2, ("optim.steps=100",)),
-    Example("tiny-rloo", "accuracy", 0.2, ("optim.steps=100",)),
+    Example("tiny-rloo", "accuracy", 0.2, ("optim.steps=70",)),
     Example("tiny-lora", "accuracy", 0.1, ("optim.steps=60",)),
-    Example("tiny-countdown", "accuracy", 0.2),
-    Example("tiny-gym", "accuracy", 0.1),
+    Example("tiny-countdown", "accuracy", 0.2, ("optim.steps=60",)),
+    Example("tiny-gym", "accuracy", 0.1, ("optim.steps=40", "eval.prompts=200")),
     Example("scratch-sft", "loss", -1.0, SMALL),
     Example("scratch-countdown", "accuracy", 0.05, SMALL_RL),
     Example("tiny-sft", "loss", -1.0),

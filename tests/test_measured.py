@@ -1,4 +1,4 @@
-"""`make measure`: a page quotes a run that was made, in the words of its results file."""
+"""`make measure` and `benchmarks.memory`: a page quotes a run that was made, or a plan that can be computed."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import pytest
 from runs_fixture import ROOT
 from transformers import LlamaForCausalLM
 
-from benchmarks import measured
+from benchmarks import measured, memory
 from benchmarks.examples import EXAMPLES, Example
 from benchmarks.measured import HACKED, Row, row
 from benchmarks.pages import filled
@@ -55,7 +55,7 @@ def test_a_run_is_a_row_with_what_it_printed_and_a_failed_one_ends_it_all(base, 
 def test_a_part_of_the_runs_is_kept_and_fills_no_page(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(measured, "RESULTS", tmp_path / "examples.json")
     monkeypatch.setattr(measured, "fill", lambda *_: pytest.fail("filled"))
-    monkeypatch.setattr(measured, "run", lambda e, _: Row(e.config, [*e.overrides], 2.0, {"accuracy": [0.1, 0.2]}, None))
+    monkeypatch.setattr(measured, "run", lambda e, _: Row(e.config, [*e.overrides], 2.0, {"accuracy": [0, 1]}, None))
     for only in ("tiny-ppo|tiny-lora$", "tiny-lora$"):
         with pytest.raises(SystemExit, match="the pages are as they were: tiny-grpo, "):
             measured.main(["--only", only])
@@ -104,3 +104,23 @@ def test_the_page_of_models_counts_the_parameters_of_the_tiny_model():
     adapt(lm, **{**vars(cfg.lora), "full": ["model.norm"]})
     trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
     assert f"with {trained:,} of {every:,} parameters trained" in page("models")
+
+
+def test_the_pages_have_the_memory_plans_of_today():
+    found = memory.sections()
+    for path in memory.PAGES:
+        text = path.read_text(encoding="utf-8")
+        assert filled(text, found) == text
+        assert any(f"<!-- {name} -->\n|" in text for name in found)
+    offloaded = memory.plan(config.load([*memory.ROLLOUT, "optim.offload=true"])).host
+    assert f"Offloading keeps {offloaded / 1e9:.1f} GB on the CPU" in page("models")
+
+
+@pytest.mark.parametrize("name", memory.CONFIGS)
+def test_the_memory_that_a_config_s_first_line_expects_is_its_plan_s(name):
+    path = ROOT / "configs" / f"{name}.yaml"
+    first, peak = path.read_text(encoding="utf-8").splitlines()[0], memory.plan(config.load([str(path)])).peak / 1e9
+    card = float(re.search(r"(\d+) GB GPU", first)[1])
+    assert peak < 0.9 * card
+    for told in re.findall(r"([\d.]+) GB(?! GPU)", first):
+        assert float(told) == pytest.approx(peak, abs=0.5)

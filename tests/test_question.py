@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from random import Random
+from statistics import median
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs_fixture import ROOT
+from transformers import AutoConfig
 
 from benchmarks.pages import filled
 from benchmarks.question import arms, figures, grid, prepare, setting, simplex, tables
@@ -322,3 +324,76 @@ def test_the_results_are_of_the_arms_that_there_are_and_the_same_arm_gave_the_sa
         one, other = found.get(f"4/both/{seed}"), found.get(f"k1/0.5/{seed}")
         if one and other:
             assert (one["final"], one["curves"], one["samples"]) == (other["final"], other["curves"], other["samples"])
+
+
+# What the page of results says in words, claim by claim
+COMMITTED = read_rows(ROOT / tables.RESULTS)
+
+
+def ends(group: str, name: str | None = None) -> list[dict[str, float]]:
+    """What the arms end with, seed by seed."""
+    return [r["final"] for r in sorted(tables.group(COMMITTED, group, name), key=lambda r: r["seed"])]
+
+
+def gold_at(group: str, kl: float) -> list[float | None]:
+    return [tables.between([r for r in tables.group(COMMITTED, group) if r["seed"] == seed], kl) for seed in arms.SEEDS]
+
+
+def test_neither_is_kind_words_alone_after_3_to_21_rollouts():
+    rows = [r for epochs in ("4", "16") for r in tables.group(COMMITTED, epochs, "neither")]
+    first = [next(n for n, x in enumerate(r["curves"]["proxy"], 1) if x > 40) for r in rows]
+    assert (min(first), max(first)) == (3, 21)
+    assert all(parse(s.split())[1] == 0 and {LETTER[w] for w in s.split()} == {"k"} for r in rows for s in r["samples"])
+    assert all(max(map(s.split().count, s.split())) >= 20 for r in rows for s in r["samples"])
+
+
+def test_two_wrecks_of_the_kl_alone_have_the_kl_of_the_healthy_runs():
+    healthy = [end["kl_pi_ref_seq"] for end in ends("16", "both")]
+    wrecks = [end for end in ends("16", "kl") if min(healthy) <= end["kl_pi_ref_seq"] <= max(healthy)]
+    assert [end["valid"] for end in wrecks] == [0, 0]
+
+
+def test_the_kl_alone_is_as_good_as_both_at_4_epochs():
+    for alone, both in zip(ends("4", "kl"), ends("4", "both"), strict=True):
+        assert alone["gold"] > both["gold"] - 0.1
+
+
+def test_k3_ends_about_three_times_as_far_as_k1_at_the_same_beta():
+    ratios = [k3["kl_pi_ref_seq"] / k1["kl_pi_ref_seq"] for beta in ("0.3", "0.5", "0.7", "1", "2")
+              for k3, k1 in zip(ends("k3", beta), ends("k1", beta), strict=True)]
+    assert median(ratios) == pytest.approx(3, rel=0.2)
+
+
+def test_at_the_same_kl_the_estimators_have_nearly_the_same_gold_up_to_4_nats_and_k3_less_at_8():
+    for kl in (2, 4):
+        for name in ESTIMATORS:
+            for one, k1 in zip(gold_at(name, kl), gold_at("k1", kl), strict=True):
+                assert one is None or abs(one - k1) < 0.5
+    assert all(k3 < k1 for k3, k1 in zip(gold_at("k3", 8), gold_at("k1", 8), strict=True))
+    for name in ("exact", "wk3_token"):
+        assert all(x is None or abs(x - k1) < 0.2 for x, k1 in zip(gold_at(name, 8), gold_at("k1", 8), strict=True))
+
+
+def test_wk3_prefix_breaks_where_rao_blackwell_does_not():
+    lost = {name: sum(end["valid"] < 0.2 for beta in ("0.5", "0.7", "1", "2") for end in ends(name, beta))
+            for name in ("wk3_prefix", "rao_blackwell")}
+    assert lost == {"wk3_prefix": 2, "rao_blackwell": 0}
+
+
+def test_beyond_10_nats_the_sweeps_hold_the_best_gold_of_all_and_wrecks():
+    far = [end["gold"] for name in ESTIMATORS for end in ends(name) if end["kl_pi_ref_seq"] > 10]
+    assert max(far) == max(row["final"]["gold"] for row in COMMITTED)
+    assert min(far) == -2
+
+
+def test_the_setting_that_the_page_describes_is_that_of_the_configs(monkeypatch, base):
+    monkeypatch.chdir(ROOT)
+    cfg, text = config.load([arms.CONFIG]), " ".join((ROOT / tables.PAGE).read_text(encoding="utf-8").split())
+    llama = AutoConfig.from_pretrained(base)
+    assert f"{len(LETTER)} words" in text
+    assert f"a Llama of {llama.num_hidden_layers} layers and {llama.hidden_size} dimensions" in text
+    assert f"RLOO on {cfg.sampling.prompts * cfg.sampling.group_size} replies a rollout" in text
+    assert f"at most {cfg.sampling.max_new_tokens} tokens" in text
+    assert f"beta {cfg.kl_ref.coef}, or off; the clip is {cfg.loss['clip']}, or off" in text
+    for epochs, (_, lr, steps) in arms.UPDATES.items():
+        assert f"{epochs} epochs at {lr.removeprefix('optim.').replace('=', ' ')} over {steps.split('=')[1]}" in text

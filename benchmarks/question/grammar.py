@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from random import Random
 
+from rlkl.tasks.listed import Listed
 from rlkl.types import Example
 
 PROMPT = "say:"
@@ -21,7 +22,7 @@ LETTER = {word: letter for letter, words in CLASSES.items() for word in words}
 SENTENCE = re.compile(r"d[kp]?nvd[kp]?n\.")  # over one letter a word
 
 
-class Grammar:
+class Grammar(Listed):
     """`size` texts of one or two sentences; half of the nouns have an adjective, of which 3 in 20 are kind ones.
 
     score: kind words inside complete sentences, less 2 · the share of words that are in none. Nothing said is -2.
@@ -30,12 +31,6 @@ class Grammar:
     def __init__(self, split: str, *, size: int = 8192) -> None:
         rng = Random(split)
         self.examples = [Example(PROMPT, " ".join(text(rng))) for _ in range(size)]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
 
     def score(self, example: Example, reply: str) -> dict[str, float]:
         kind, valid = parse(reply.split())
