@@ -67,7 +67,7 @@ def goodhart(rows: list[dict]) -> Figure:
         ends = [(math.sqrt(r["final"]["kl_pi_ref_seq"]), r["final"]["gold"]) for r in group(rows, name)]
         if ends:
             right.plot(*zip(*ends, strict=True), marker, color=color, label=label, ms=5, mec="white", mew=0.5)
-    right.set_title("sweeps over beta, where they end")
+    right.set_title("where the sweeps over beta end (the largest beta: left)")
     for axes in (left, right):
         axes.axhline(reference(rows)["gold"], color="black", lw=0.8, ls=":")
         axes.set_xlabel("√KL(π ‖ ref) of a reply, √nats")

@@ -11,10 +11,10 @@ BOXES = {  # name → centre, size, first line, the others, is it trained
     "old": ((1.5, 4.1), (2.4, 1.1), "π_old", "sampled this rollout;\nonly its log-probs\nare kept", False),
     "pi": ((5.0, 4.1), (2.2, 1.1), "policy π", "being trained", True),
     "ref": ((8.5, 4.1), (2.4, 1.1), "reference", "the first policy, frozen:\na copy, or adapter off", False),
-    "replies": ((1.5, 1.9), (2.4, 0.9), "replies y ~ π_old", "one rollout", False),
-    "reward": ((4.1, 1.9), (1.9, 0.9), "reward r(y)", "a reward model,\nor a rule", False),
+    "replies": ((1.4, 1.9), (2.2, 0.9), "replies y ~ π_old", "one rollout", False),
+    "reward": ((3.87, 1.9), (1.75, 0.9), "reward r(y)", "a reward model,\nor a rule", False),
     "critic": ((8.5, 1.9), (2.4, 0.9), "baseline", "PPO: a critic V(s), trained;\nGRPO, RLOO: the group's mean", True),
-    "advantage": ((6.3, 1.9), (1.5, 0.9), "advantage", "how much better\nthan expected", False),
+    "advantage": ((6.0, 1.9), (1.5, 0.9), "advantage", "how much better\nthan expected", False),
 }
 
 
@@ -28,15 +28,15 @@ def draw() -> Figure:
     arrow(axes, (2.78, 4.1), (3.82, 4.1), KL_OLD, 3, "<|-|>")
     arrow(axes, (6.18, 4.1), (7.22, 4.1), KL_REF, 3, "<|-|>")
     label(axes, 2.9, KL_OLD, "kl_old: KL(π_old ‖ π), or the clip",
-          "The trust region: how far one rollout may take π.\n0 again at the next. It changes the way there.")
+          "The trust region: how far one rollout may take π;\nat the next it is 0 again. It changes the way there.")
     label(axes, 7.1, KL_REF, "kl_ref: KL(π ‖ ref)",
           "How far π may go at all, from first step to last.\nIt changes where training ends.")
     arrow(axes, (1.5, 3.48), (1.5, 2.42), PLAIN)
-    arrow(axes, (2.78, 1.9), (3.07, 1.9), PLAIN)
-    arrow(axes, (5.13, 1.9), (5.47, 1.9), PLAIN)
-    arrow(axes, (7.22, 1.9), (7.13, 1.9), PLAIN)
-    arrow(axes, (6.1, 2.42), (5.2, 3.48), PLAIN)
-    axes.text(5.95, 2.95, "the gradient of A · log π", fontsize=8, color=PLAIN)
+    arrow(axes, (2.58, 1.9), (2.91, 1.9), PLAIN)
+    arrow(axes, (4.83, 1.9), (5.17, 1.9), PLAIN)
+    arrow(axes, (7.22, 1.9), (6.83, 1.9), PLAIN)
+    arrow(axes, (5.9, 2.42), (5.1, 3.48), PLAIN)
+    axes.text(5.7, 2.95, "the gradient of A · log π", fontsize=8, color=PLAIN)
     arrow(axes, (4.2, 3.48), (2.3, 3.48), PLAIN, bend=-0.35)
     axes.text(3.25, 2.92, "at the next rollout π is π_old", ha="center", fontsize=8, color=PLAIN)
     return figure
