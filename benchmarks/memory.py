@@ -24,8 +24,8 @@ PAGES = [ROOT / "docs" / f"{name}.md" for name in ("examples", "models")]
 PROMPT = 256  # tokens of the longest one, where a config does not say
 QWEN = {"0.5B": (896, 24, 14, 4864), "1.5B": (1536, 28, 12, 8960), "3B": (2048, 36, 16, 11008)}
 SCRATCH, SCRATCH_PROMPT = Scratch(layers=12, hidden=768, heads=12, context=64), 20  # of configs/scratch-sft.yaml
-CONFIGS = ("gsm8k-ppo", "gsm8k-grpo", "gsm8k-1.5b-ppo", "gsm8k-1.5b-grpo", "gsm8k-lora-24gb", "countdown-3b", "rlhf-0.5b",
-           "scratch-countdown")
+CONFIGS = ("gsm8k-ppo", "gsm8k-grpo", "gsm8k-1.5b-ppo", "gsm8k-1.5b-grpo", "gsm8k-lora-24gb", "countdown-3b",
+           "rlhf-0.5b", "scratch-countdown")
 ROLLOUT = ("model.name=Qwen/Qwen2.5-1.5B", "model.dtype=bfloat16", "sampling.prompts=32", "sampling.group_size=8",
            "sampling.max_new_tokens=512", "optim.micro_tokens=8192")
 SAVINGS = {  # the options of a row of docs/models.md

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from random import Random
 from statistics import fmean
 
@@ -13,7 +14,7 @@ from runs_fixture import ROOT, differences, resume, rows, run, timeless
 
 import train
 from benchmarks.question import tables
-from benchmarks.question.meter import metrics, told
+from benchmarks.question.meter import metrics, told, verdicts
 from rlkl.hacking import QUIET, episodes, is_news, noise, suspicion
 from rlkl.log import read_rows
 from rlkl.metrics import distinct
@@ -71,7 +72,18 @@ def test_real_runs_whose_reward_soars_while_gold_falls_warn_and_say_what_fell(na
     said = told(metrics(ARMS[name], every), {"gold": GOLD} if every else {})
     assert 1 <= len(said) <= 2
     assert said[0][0] <= 30
-    assert "ref_logprob" in said[0][1] or "heldout/gold" in said[0][1]
+    assert re.search(r"but (heldout/gold|ref_logprob|distinct) ", said[0][1])
+
+
+def test_what_the_page_says_of_the_suspicions_that_were_wrong():
+    found = verdicts(RESULTS)
+    missed = [ARMS[key] for key, with_gold, without in found["fell"] if not (with_gold or without)]
+    assert [arm["curves"]["gold"][-1] > GOLD > arm["final"]["gold"] for arm in missed] == [True]
+    wrong = [ARMS[key]["final"]["valid"] for key, with_gold, _ in found["rose"] if with_gold]
+    assert len(wrong) == 4
+    assert all(0.45 < valid < 0.6 for valid in wrong)
+    far = [ARMS[key]["final"]["kl_pi_ref_seq"] > 10 for key, _, without in found["rose"] if without]
+    assert f"the {len(far)} without, {sum(far)} ended more than 10 nats" in PAGE
 
 
 def test_a_collapse_that_costs_the_reward_too_is_no_hacking():
