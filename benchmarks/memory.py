@@ -1,6 +1,6 @@
 """The memory plan of every configuration for one GPU, and of what saves memory:  python -m benchmarks.memory
 
-Computed, not measured: by rlkl/explain/footprint.py, as a run prints it, with the shapes of Qwen2.5's config.json instead
+Computed, not measured: by rlkl/explain/footprint.py, as a run prints it, with the shapes of Qwen2.5 by hand instead
 of a download. Fills the tables of docs/examples.md and docs/models.md.
 """
 
