@@ -18,12 +18,12 @@ from rlkl import lora, tiny
 from rlkl.advantages import ADVANTAGES
 from rlkl.algorithm import algorithm, reads_old
 from rlkl.config import resolve
-from rlkl.errors import UserError
+from rlkl.errors import UserError, first_line
 from rlkl.explain import traps
 from rlkl.explain.footprint import plan
 from rlkl.kl import KL, KL_LOSSES, KL_OLD_LOSSES
 from rlkl.losses import LOSSES, SELECTORS
-from rlkl.model import Policy, checkpoint_layers, encode, first_line, load, reference_of, sampling_rule
+from rlkl.model import Policy, checkpoint_layers, context_of, encode, load, reference_of, sampling_rule
 from rlkl.optim import Optimizer
 from rlkl.rewards import REWARDS, Reward, from_task, with_overlong
 from rlkl.rewards.scoring import Scoring, assemble
@@ -174,7 +174,7 @@ def base_model(console: Console, task: Any = None) -> Path:
 def that_fit(cfg: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase, examples: list[Example], side: str,
         console: Console) -> list[Example]:
     """The examples whose prompt leaves room for a reply; the others are counted and the first one is named."""
-    context: Any = getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(policy.lm)
     limit = cfg.sampling.max_prompt_tokens or (context - cfg.sampling.max_new_tokens if context else None)
     try:
         lengths = [len(encode(tokenizer, e.prompt)) for e in examples]

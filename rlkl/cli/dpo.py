@@ -7,10 +7,10 @@ from torch import Tensor
 
 from rlkl.build import dtype_of, pick_device
 from rlkl.cli.common import configure, finish, model_name, new_run, open_log
-from rlkl.model import load, reference_of, sampling_rule
+from rlkl.model import context_of, load, reference_of, sampling_rule
 from rlkl.preferences import dpo, read_pairs, split
 from rlkl.schema_supervised import Dpo
-from rlkl.supervised import Item, collate, context_of, fit, item_of, that_fit
+from rlkl.supervised import Item, collate, fit, item_of, that_fit
 from rlkl.terminal import console
 
 

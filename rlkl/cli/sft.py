@@ -10,10 +10,10 @@ from torch import Tensor
 from rlkl.build import dtype_of, pick_device
 from rlkl.cli.common import configure, finish, model_name, new_run, open_log
 from rlkl.config import resolve
-from rlkl.model import load, sampling_rule
+from rlkl.model import context_of, load, sampling_rule
 from rlkl.schema_supervised import Sft
 from rlkl.scratch import make_scratch
-from rlkl.supervised import Item, collate, context_of, cross_entropy, fit, item_of, reply_tokens, that_fit
+from rlkl.supervised import Item, collate, cross_entropy, fit, item_of, reply_tokens, that_fit
 from rlkl.tasks import TASKS
 from rlkl.terminal import console
 

@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from rlkl import lora, tiny
 from rlkl.algorithm import reads_old
 from rlkl.config import resolve
-from rlkl.errors import UserError
+from rlkl.errors import UserError, first_line
 from rlkl.explain.activations import kept
 from rlkl.logprobs import LOGITS_BUDGET
-from rlkl.model import encode, first_line
+from rlkl.model import encode
 from rlkl.rollout import SAMPLERS
 from rlkl.rollout.engine import slots_on
 from rlkl.schema import Config, Lora

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlkl.algorithm import Algorithm, in_reward
-from rlkl.errors import UserError
+from rlkl.errors import UserError, first_line
 from rlkl.explain.measure import (
     FORWARD,
     NOTHING,
@@ -28,7 +28,6 @@ from rlkl.explain.measure import (
 from rlkl.explain.optimum import forward_tilted, tilted, token_level
 from rlkl.explain.tabular import Game, probabilities, table_of
 from rlkl.explain.verify import Expected
-from rlkl.model import first_line
 from rlkl.schema import Config
 
 
