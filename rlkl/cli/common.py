@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 from rlkl import config, runs
 from rlkl.build import TABLES, base_model
-from rlkl.errors import UserError
 from rlkl.log import RunLog
 from rlkl.schema_supervised import Supervised
 from rlkl.terminal import before_and_after, console, usage
@@ -26,10 +25,7 @@ def configure(argv: list[str], schema: type[S], command: str, doc: str) -> S | N
 
 def new_run(cfg: Supervised, command: str, argv: list[str]) -> Path:
     """The folder of a run of this command. UserError where it exists."""
-    folder = Path(cfg.run) if cfg.run != "auto" else runs.numbered(Path("runs") / command)
-    if folder.exists():
-        raise UserError(f"run={folder}: the folder exists; a run is never overwritten: choose another, or delete it")
-    return runs.make_folder(folder, cfg, runs.plugin_files(cfg), " ".join(["rlkl", command, *argv]))
+    return runs.make_folder(cfg, command, ["rlkl", command, *argv], "choose another, or delete it")
 
 
 def open_log(cfg: Supervised, folder: Path) -> RunLog:

@@ -9,7 +9,6 @@ import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -47,10 +46,11 @@ def main(argv: list[str]) -> None:
     before, after, count = measured(cfg, folder, device)
     title = f"{folder}: {count} held-out prompts, {cfg.eval.samples} replies each, temperature {cfg.eval.temperature:g}"
     before_and_after(before, after, title)
-    flat = runs.flat(asdict(cfg))
     result = {"checkpoint": folder.name, "prompts": count, "before": before, "after": after,
-              "options": {key: x for key, x in flat.items() if reads(key)}}
-    say(f"written: {write(run.folder, result)}")
+              "options": {key: x for key, x in runs.flat(asdict(cfg)).items() if reads(key)}}
+    path = runs.numbered(run.folder / "eval", ".json")
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    say(f"written: {path}")
 
 
 def reads(key: str) -> bool:
@@ -62,8 +62,7 @@ def changed(run: Run, changes: list[str]) -> Config:
     own = {"task": kept(run, run.cfg.task), "sampling": {"backend": kept(run, run.cfg.sampling.backend)}}
     tree = config.merge(config.merge(run.tree, OFF), own)
     cfg, start = config.load(changes, tree), config.build(tree)
-    before, after = (runs.flat(asdict(c)) for c in (start, cfg))
-    if other := [k for k in sorted({*before, *after}) if before.get(k) != after.get(k) and not reads(k)]:
+    if other := [key for key in runs.differing(start, cfg) if not reads(key)]:
         raise UserError(f"rlkl eval does not read {other[0]}; it reads step, {', '.join(READ)}")
     return cfg
 
@@ -86,12 +85,3 @@ def measured(cfg: Config, folder: Path, device: torch.device) -> tuple[dict[str,
 
 def no_grade(example: object, reply: str) -> dict[str, float]:
     return {}
-
-
-def write(folder: Path, result: dict[str, Any]) -> Path:
-    """eval-1.json, eval-2.json, …: none is overwritten."""
-    number = 1
-    while (path := folder / f"eval-{number}.json").exists():
-        number += 1
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
-    return path
