@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlkl import tiny
-from rlkl.build import base_model
+from rlkl.build import model_name
 from rlkl.errors import UserError
 from rlkl.model import load
 from rlkl.scratch import TINY, architecture, character_tokenizer, make_scratch
@@ -83,8 +83,8 @@ def test_the_default_is_the_base_of_addition(cache, monkeypatch):
     monkeypatch.setattr(tiny, "GOAL", 0.0)
     from rlkl.tasks import Addition
 
-    assert base_model(console) == base_model(console, Addition("train"))
-    assert base_model(console) != base_model(console, Addition("train", digits=1))
+    assert model_name("tiny", console) == model_name("tiny", console, Addition("train"))
+    assert model_name("tiny", console) != model_name("tiny", console, Addition("train", digits=1))
 
 
 def test_tiny_and_scratch_are_one_way_to_make_a_model(tmp_path):

@@ -1,4 +1,4 @@
-"""What the commands share: their configuration, their folder, the model they start from."""
+"""What the commands share: their configuration, their folder, what they end with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlkl import config, runs
-from rlkl.build import TABLES, base_model
+from rlkl.build import TABLES
 from rlkl.log import RunLog
 from rlkl.schema_supervised import Supervised
 from rlkl.terminal import before_and_after, console, usage
@@ -30,11 +30,6 @@ def new_run(cfg: Supervised, command: str, argv: list[str]) -> Path:
 
 def open_log(cfg: Supervised, folder: Path) -> RunLog:
     return RunLog(folder, asdict(cfg), wandb_mode=cfg.log.wandb, project=cfg.log.project, start=0)
-
-
-def model_name(name: str, task: Any = None) -> str:
-    """A directory or a hub name; that of the tiny base for a task, which is made if it is missing."""
-    return str(base_model(console, task)) if name == "tiny" else name
 
 
 def finish(folder: Path, lm: Any, tokenizer: Any, before: dict[str, float], after: dict[str, float], title: str

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlkl.build import dtype_of, pick_device
-from rlkl.cli.common import configure, finish, model_name, new_run, open_log
+from rlkl.build import dtype_of, model_name, pick_device
+from rlkl.cli.common import configure, finish, new_run, open_log
 from rlkl.model import context_of, load, reference_of, sampling_rule
 from rlkl.preferences import dpo, read_pairs, split
 from rlkl.schema_supervised import Dpo
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     if cfg is None:
         return
     device, sides = pick_device(cfg.device), split(read_pairs(cfg.data), cfg.heldout, cfg.data)
-    policy, tokenizer = load(model_name(cfg.model.name), device=device, dtype=dtype_of(cfg, device))
+    policy, tokenizer = load(model_name(cfg.model.name, console), device=device, dtype=dtype_of(cfg, device))
     reference = reference_of(policy)
     pad, limit = sampling_rule(policy, tokenizer, 1.0).pad_id, cfg.max_tokens or context_of(policy.lm)
     train, heldout = (that_fit((item_of(tokenizer, p.prompt, (p.chosen, p.rejected), p.truncated) for p in side),

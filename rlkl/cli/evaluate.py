@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from rlkl import config, runs
-from rlkl.build import TABLES, heldout_of, judged, pick_device, scoring_of, solved
+from rlkl.build import TABLES, heldout_of, judges, pick_device, scoring_of
 from rlkl.cli.finished import Run, asked_for_help, both, checkpoint_of, find, kept, parse, say
 from rlkl.config import resolve
 from rlkl.errors import UserError
@@ -74,14 +73,10 @@ def measured(cfg: Config, folder: Path, device: torch.device) -> tuple[dict[str,
     tokenizer, *policies = both(cfg, folder, device)
     examples, results = heldout_of(cfg, policies[0], tokenizer, task, console), []
     with scoring_of(cfg, console) as scoring, console.status("") as status:
-        score = task.score if cfg.task["name"] in TASKS else scoring.task(cfg.task, task.score)[1]
+        _, solved, grade = judges(cfg, task, scoring)
         for when, policy in zip(("before", "after"), policies, strict=True):
             status.update(f"{len(examples)} held-out prompts, {when}")
-            exam = Exam(policy, tokenizer, sampling_rule(policy, tokenizer, cfg.eval.temperature), sampler, examples,
-                        solved=partial(solved, score), grade=partial(judged, "grade", getattr(task, "grade", no_grade)))
+            rule = sampling_rule(policy, tokenizer, cfg.eval.temperature)
+            exam = Exam(policy, tokenizer, rule, sampler, examples, solved, grade)
             results.append(accuracy(cfg, exam, samples=cfg.eval.samples))
     return results[0], results[1], len(examples)
-
-
-def no_grade(example: object, reply: str) -> dict[str, float]:
-    return {}

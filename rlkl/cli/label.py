@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from rich.markup import escape
 
-from rlkl.build import dtype_of, pick_device
-from rlkl.cli.common import configure, model_name
+from rlkl.build import dtype_of, model_name, pick_device
+from rlkl.cli.common import configure
 from rlkl.config import resolve
 from rlkl.errors import UserError
 from rlkl.model import Policy, decode, encode, left_pad, load, sampling_rule
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"out={cfg.out}: the file exists, and is never overwritten: choose another, or delete it")
     task = resolve(cfg.task, TASKS, "task")("train")
     reward = resolve(cfg.reward, REWARDS, "reward") if cfg.reward else from_task(task.score)
-    policy, tokenizer = load(model_name(cfg.model.name, task), device=device, dtype=dtype_of(cfg, device))
+    policy, tokenizer = load(model_name(cfg.model.name, console, task), device=device, dtype=dtype_of(cfg, device))
     if cfg.replies is not None:
         rows = given(cfg.replies, tokenizer, policy)
     else:

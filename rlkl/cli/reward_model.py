@@ -7,8 +7,8 @@ import json
 from rich.table import Table
 from torch import Tensor
 
-from rlkl.build import dtype_of, pick_device
-from rlkl.cli.common import configure, finish, model_name, new_run, open_log
+from rlkl.build import dtype_of, model_name, pick_device
+from rlkl.cli.common import configure, finish, new_run, open_log
 from rlkl.cli.label import sampled
 from rlkl.model import decode, load
 from rlkl.preferences import Bin, Pair, bradley_terry, calibration, read_pairs, split
@@ -26,7 +26,8 @@ def main(argv: list[str]) -> None:
     if cfg is None:
         return
     device, sides = pick_device(cfg.device), split(read_pairs(cfg.data), cfg.heldout, cfg.data)
-    model = load_reward_model(model_name(cfg.model.name), "model.name", fresh=True).to(device, dtype_of(cfg, device))
+    model = load_reward_model(model_name(cfg.model.name, console), "model.name", fresh=True)
+    model = model.to(device, dtype_of(cfg, device))
     train, heldout = (that_fit([item_of(model, p) for p in side], cfg.max_tokens or model.context, "pairs")
                       for side in sides)
     folder = new_run(cfg, "reward-model", argv)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rlkl.build import dtype_of, pick_device
-from rlkl.cli.common import configure, finish, model_name, new_run, open_log
+from rlkl.build import dtype_of, model_name, pick_device
+from rlkl.cli.common import configure, finish, new_run, open_log
 from rlkl.config import resolve
 from rlkl.model import context_of, load, sampling_rule
 from rlkl.schema_supervised import Sft
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     tasks = [make_task(side) for side in ("train", "heldout")]
     with tempfile.TemporaryDirectory() as scratch:
         fresh = make_scratch(Path(scratch), cfg.scratch, cfg.seed) if cfg.scratch.layers else None
-        name = fresh or model_name(cfg.model.name, tasks[0])
+        name = fresh or model_name(cfg.model.name, console, tasks[0])
         policy, tokenizer = load(str(name), device=device, dtype=dtype_of(cfg, device))
     pad, limit = sampling_rule(policy, tokenizer, 1.0).pad_id, cfg.max_tokens or context_of(policy.lm)
     train, heldout = (that_fit([item_of(tokenizer, task[i].prompt, [task[i].solution]) for i in range(len(task))],
