@@ -20,7 +20,7 @@ from rlkl.model import encode, left_pad
 from rlkl.optim import Optimizer, lr_scale
 from rlkl.schema_supervised import Fit, Supervised
 from rlkl.seeds import generator
-from rlkl.terminal import Interrupt, console, progress
+from rlkl.terminal import Interrupt, console, progress, say
 from rlkl.types import Batch
 
 MAX_SKIPS = 5  # updates in a row that were not finite
@@ -165,7 +165,7 @@ def fit(cfg: Supervised, module: nn.Module, objective: Objective, train: Sequenc
             log.write(row, None)
             advance(step + 1)
             if (step + 1) % cfg.log.every == 0 or last:
-                console.print(f"step {step + 1:5d}  " + "  ".join(
+                say(f"step {step + 1:5d}  " + "  ".join(
                     f"{name} {x:.4g}" for name, x in row.items() if name not in ("step", "lr", "rows")))
             if interrupt.asked:
                 break

@@ -10,7 +10,7 @@ from rlkl import config, runs
 from rlkl.build import TABLES
 from rlkl.log import RunLog
 from rlkl.schema_supervised import Supervised
-from rlkl.terminal import before_and_after, console, usage
+from rlkl.terminal import before_and_after, say, usage
 
 S = TypeVar("S")
 
@@ -38,4 +38,4 @@ def finish(folder: Path, lm: Any, tokenizer: Any, before: dict[str, float], afte
     lm.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     before_and_after(before, after, title)
-    console.print(f"model: {folder / 'model'}")
+    say(f"model: {folder / 'model'}")

@@ -11,7 +11,7 @@ from rlkl.model import context_of, load, reference_of, sampling_rule
 from rlkl.preferences import dpo, read_pairs, split
 from rlkl.schema_supervised import Dpo
 from rlkl.supervised import Item, collate, fit, item_of, that_fit
-from rlkl.terminal import console
+from rlkl.terminal import console, say
 
 
 def main(argv: list[str]) -> None:
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     train, heldout = (that_fit((item_of(tokenizer, p.prompt, (p.chosen, p.rejected), p.truncated) for p in side),
                                limit, "pairs") for side in sides)
     folder = new_run(cfg, "dpo", argv)
-    console.print(f"device: {device}   run: {folder}   {len(train)} pairs, {len(heldout)} held out")
+    say(f"device: {device}   run: {folder}   {len(train)} pairs, {len(heldout)} held out")
 
     def objective(items: list[Item]) -> tuple[Tensor, dict[str, Tensor]]:
         batch = collate(items, pad, device)

@@ -13,7 +13,7 @@ import torch
 
 from rlkl import config, runs
 from rlkl.build import TABLES, heldout_of, judges, pick_device, scoring_of
-from rlkl.cli.finished import Run, asked_for_help, both, checkpoint_of, find, kept, parse, say
+from rlkl.cli.finished import Run, asked_for_help, both, checkpoint_of, find, kept, parse
 from rlkl.config import resolve
 from rlkl.errors import UserError
 from rlkl.heldout import Exam, accuracy
@@ -22,7 +22,7 @@ from rlkl.rollout import SAMPLERS
 from rlkl.schema import Config
 from rlkl.schema_runs import Chosen
 from rlkl.tasks import TASKS
-from rlkl.terminal import before_and_after, console
+from rlkl.terminal import before_and_after, console, say
 
 READ = ("eval.prompts", "eval.samples", "eval.temperature", "eval.stop", "sampling.max_new_tokens",
         "sampling.max_prompt_tokens", "sampling.backend", "sampling.prompts", "sampling.group_size", "task", "scoring",

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from rich.markup import escape
 
 from rlkl import checkpoint, config, lora, runs
 from rlkl.build import dtype_of, model_name
@@ -131,8 +130,3 @@ def both(cfg: Config, folder: Path, device: torch.device) -> tuple[Any, Policy, 
         lora.restore(after.lm, folder)
         return tokenizer, reference_of(after), after.eval()
     return tokenizer, before, load(str(folder), device=device, dtype=dtype)[0]
-
-
-def say(text: str) -> None:
-    """A line of ours, in which brackets are no markup."""
-    console.print(escape(text))

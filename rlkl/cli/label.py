@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 
 from rlkl.build import dtype_of, model_name, pick_device
 from rlkl.cli.common import configure
@@ -23,7 +22,7 @@ from rlkl.schema_supervised import Draws, Label
 from rlkl.seeds import draw, generator
 from rlkl.supervised import collate, item_of
 from rlkl.tasks import TASKS
-from rlkl.terminal import console
+from rlkl.terminal import console, say
 from rlkl.types import Batch, Example
 
 ROWS = 512  # replies sampled, or judged, at once
@@ -55,8 +54,8 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         raise UserError(f"out={cfg.out}: cannot be written: {error.strerror}") from error
     first = pairs[0]
-    console.print(f"{out}: {len(pairs)} pairs; {ties} prompts left out, whose replies all scored the same")
-    console.print(escape(f"  {str(first.prompt)[:60]!r}: {first.chosen[:80]!r} rather than {first.rejected[:80]!r}"))
+    say(f"{out}: {len(pairs)} pairs; {ties} prompts left out, whose replies all scored the same")
+    say(f"  {str(first.prompt)[:60]!r}: {first.chosen[:80]!r} rather than {first.rejected[:80]!r}")
 
 
 def sampled(policy: Policy, tokenizer: Any, examples: Sequence[Example], how: Draws, seed: int

@@ -15,7 +15,7 @@ from rlkl.schema_supervised import Sft
 from rlkl.scratch import make_scratch
 from rlkl.supervised import Item, collate, cross_entropy, fit, item_of, reply_tokens, that_fit
 from rlkl.tasks import TASKS
-from rlkl.terminal import console
+from rlkl.terminal import console, say
 
 
 def main(argv: list[str]) -> None:
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     train, heldout = (that_fit([item_of(tokenizer, task[i].prompt, [task[i].solution]) for i in range(len(task))],
                                limit, "rows") for task in tasks)
     folder = new_run(cfg, "sft", argv)
-    console.print(f"device: {device}   run: {folder}   {len(train)} rows, {len(heldout)} held out")
+    say(f"device: {device}   run: {folder}   {len(train)} rows, {len(heldout)} held out")
 
     def objective(items: list[Item]) -> tuple[Tensor, dict[str, Tensor]]:
         return cross_entropy(policy.evaluate(collate(items, pad, device)).logprobs)
