@@ -221,9 +221,6 @@ def peers(logits: bool, device: str, compiled: bool) -> list[Op]:
     return found
 
 
-def versions() -> dict[str, str]:
-    found = {}
-    for name in DISTRIBUTIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+def installed() -> list[str]:
+    """Which of the peers' distributions are here."""
+    return [name for name in DISTRIBUTIONS if list(importlib.metadata.distributions(name=name))]
