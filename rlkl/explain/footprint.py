@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from rlkl import lora, tiny
+from rlkl import lora, scratch
 from rlkl.algorithm import reads_old
 from rlkl.config import resolve
 from rlkl.errors import UserError, first_line
@@ -75,8 +75,8 @@ class Memory(NamedTuple):
 def architecture(cfg: Config) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model's config and tokenizer. UserError if they are not here."""
     if cfg.model.name == "tiny":
-        tokenizer = tiny.character_tokenizer()
-        return tiny.architecture(tokenizer), tokenizer
+        tokenizer = scratch.character_tokenizer()
+        return scratch.architecture(tokenizer), tokenizer
     try:
         return AutoConfig.from_pretrained(cfg.model.name), AutoTokenizer.from_pretrained(cfg.model.name)
     except (OSError, ValueError, KeyError) as error:
