@@ -109,13 +109,11 @@ def sections(value: Any) -> Any:
 def explain(error: ValidationError, schema: type = Config) -> str:
     """The first mistake as one line."""
     mistake = error.errors()[0]
-    where = ".".join(str(x) for x in mistake["loc"])
+    where, said = ".".join(str(x) for x in mistake["loc"]), mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         section = functools.reduce(lambda t, k: get_type_hints(t).get(k, t), mistake["loc"][:-1], schema)
         return f"unknown key {where}; there is {', '.join(f.name for f in fields(section))}"
-    if not where:
-        return mistake["msg"].removeprefix("Value error, ")
-    return f"{where}={mistake['input']!r}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}"
+    return f"{where}={mistake['input']!r}: {said[0].lower()}{said[1:]}" if where else said
 
 
 def resolve(spec: Mapping[str, Any], table: Mapping[str, Callable], key: str = "plug-in") -> functools.partial:
