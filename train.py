@@ -32,7 +32,7 @@ from rlkl.rollout.sample import draw_uniforms
 from rlkl.schema import Config
 from rlkl.seeds import draw, generator, stream
 from rlkl.selfcheck import selfcheck
-from rlkl.terminal import Interrupt, before_and_after, console, progress, show, suspect, usage
+from rlkl.terminal import Interrupt, before_and_after, console, progress, say, show, suspect, usage
 from rlkl.types import Batch, Example
 
 
@@ -198,7 +198,7 @@ def distances(logprobs: Tensor, micro: Batch) -> dict[str, Tensor]:
 def train(cfg: Config, argv: list[str]) -> Path:
     """Build, loop, report. Returns the folder of the last checkpoint, a Hugging Face directory."""
     device = pick_device(cfg.device)
-    console.print(f"device: {device}")
+    say(f"device: {device}")
     start = checkpoint.newest(Path(cfg.resume)) if cfg.resume else None
     parts = build(cfg, device, console, start)
     with parts.scoring:  # its processes end with the run, however that ends
@@ -211,7 +211,7 @@ def run(cfg: Config, argv: list[str], parts: Parts, start: Path | None) -> Path:
     state = State(cfg.kl_ref.coef, cfg.kl_old.coef)
     if start is not None:
         state = State(**checkpoint.restore(start, parts.policy, parts.optimizer))
-    console.print(selfcheck(cfg, parts, fresh=start is None))
+    say(selfcheck(cfg, parts, fresh=start is None))
     log = RunLog(folder, asdict(cfg), wandb_mode=cfg.log.wandb, project=cfg.log.project, start=state.step)
     measure = partial(accuracy, cfg, parts)
 
@@ -221,7 +221,7 @@ def run(cfg: Config, argv: list[str], parts: Parts, start: Path | None) -> Path:
         return path
 
     rows, state.before = read_rows(log.path), state.before or measure(samples=cfg.eval.samples)
-    console.print(f"run: {folder}   {len(parts.train)} prompts, {len(parts.heldout)} held out {state.before}")
+    say(f"run: {folder}   {len(parts.train)} prompts, {len(parts.heldout)} held out {state.before}")
     with Interrupt() as interrupt, progress(state.step, cfg.optim.steps) as advance:
         while state.step < cfg.optim.steps and not interrupt.asked:
             try:
@@ -251,13 +251,13 @@ def run(cfg: Config, argv: list[str], parts: Parts, start: Path | None) -> Path:
     log.close()
     path = save()
     if state.step < cfg.optim.steps:
-        console.print(f"stopped after step {state.step}: python train.py resume={folder} continues")
+        say(f"stopped after step {state.step}: python train.py resume={folder} continues")
         return path
     after = measure(samples=cfg.eval.samples)
     before_and_after(
         state.before, after, f"{len(parts.heldout)} held-out prompts, temperature {cfg.eval.temperature:g}")
     report.write(folder, read_rows(log.path), state.before, after)
-    console.print(f"report: {folder / 'report.md'}\nmodel: {path}")
+    say(f"report: {folder / 'report.md'}\nmodel: {path}")
     return path
 
 

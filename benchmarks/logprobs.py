@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -25,8 +24,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.machine import where
 from benchmarks.ops import Inputs, Op, naive, own, step
-from benchmarks.peers import peers, reason, versions
+from benchmarks.peers import installed, peers, reason
 from rlkl.tiles import spans
 
 
@@ -283,15 +283,13 @@ def main(argv: list[str]) -> None:
     names = args.shapes or (QUICK if args.quick else GPU if device == "cuda" else CPU)
     repetitions, warm_up = (2, 0) if args.quick else (args.repetitions, 5 if device == "cuda" else 0)
     missing = [name for name in GPU if name not in names] if device == "cpu" else []
-    found = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     clock = "CUDA events" if device == "cuda" else "CPU time" if args.threads == 1 else "wall time"
-    where = {"device": found, "threads": torch.get_num_threads(), "clock": clock, "versions": {
-        "torch": torch.__version__, "python": platform.python_version()} | versions(), "not_measured": missing}
+    setting = {**where(*installed()), "clock": clock, "not_measured": missing}
     results: dict[str, dict] = {}
     for name in names:
         results[name] = measure(SHAPES[name], device, repetitions, warm_up, args.compile or device == "cuda")
         if out:  # after each shape: an hour may be lost otherwise
-            out.write_text(json.dumps({**where, "shapes": results}, indent=1) + "\n")
+            out.write_text(json.dumps({**setting, "shapes": results}, indent=1) + "\n")
     show(results, missing)
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.ops import AGAIN, PLAIN, Forward, Inputs, Op, Outputs, Step
+from rlkl.errors import first_line
 
 DISTRIBUTIONS = ("trl", "verl", "liger-kernel", "cut-cross-entropy", "triton")
 
@@ -182,7 +183,7 @@ PEERS = (
 
 
 def reason(error: BaseException) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     return text if len(text) <= 90 else text[:87] + "..."
 
 
@@ -220,9 +221,6 @@ def peers(logits: bool, device: str, compiled: bool) -> list[Op]:
     return found
 
 
-def versions() -> dict[str, str]:
-    found = {}
-    for name in DISTRIBUTIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+def installed() -> list[str]:
+    """Which of the peers' distributions are here."""
+    return [name for name in DISTRIBUTIONS if list(importlib.metadata.distributions(name=name))]

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
+from benchmarks.machine import clock, where
 from rlkl.model import Policy, left_pad
 from rlkl.rollout import cached, engine
 from rlkl.rollout.engine import Run
@@ -54,14 +53,6 @@ CUDA = [  # the shapes of Qwen2.5 with random weights: 256 replies of up to 512 
 ]
 ONCE = {"generate_batch"}  # too slow to be run in each pair
 GOALS = {"0.5B": 110_000, "1.5B": 65_000, "3B": 45_000, "7B": 25_000}  # tokens a second on an H200
-
-
-def clock() -> float:
-    """Seconds on CUDA, CPU seconds elsewhere: those of other programs do not count."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
 
 
 class Setting:
@@ -188,9 +179,6 @@ def main(argv: list[str] | None = None) -> dict:
     transformers.logging.set_verbosity_error()
     cuda = torch.cuda.is_available()
     works = QUICK if args.quick else CUDA if cuda else CPU
-    device = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__,
-                "python": platform.python_version()}
     results = {f"{work.name}, {kind}": measure(work, kind == "ragged", 1 if args.quick else args.pairs)
                for work in works for kind in ("fixed", "ragged")}
     table = Table("", "backend", "tokens/s", "× generate", title="rollouts, medians of alternating runs")
@@ -200,8 +188,8 @@ def main(argv: list[str] | None = None) -> dict:
         for backend, why in row["failed"].items():
             table.add_row(name, backend, "—", why)
     console.print(table)
-    found = {"device": device, "threads": torch.get_num_threads(), "clock": "seconds" if cuda else "CPU seconds",
-             "versions": versions, "goals_on_h200": GOALS, "measured_on_cuda": cuda, "results": results}
+    found = {**where("transformers"), "clock": "seconds" if cuda else "CPU seconds", "goals_on_h200": GOALS,
+             "measured_on_cuda": cuda, "results": results}
     out = args.out or Path(f"benchmarks/results/rollout-{'cuda' if cuda else 'cpu'}.json")
     out.write_text(json.dumps(found, indent=1) + "\n")
     return found

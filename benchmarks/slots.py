@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks.rollout import Setting, Work, qwen2
 from rlkl.rollout.engine import Run
 from rlkl.rollout.sample import sampling_mode
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 SLOTS, GROUP, COLORS = 8, 4, ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377")
 WORK = Work("picture", qwen2(64, 2, 4, 2, 512, 192), 6, GROUP, 64, (3, 20))
@@ -32,7 +29,8 @@ def main() -> None:
         run = Watched(setting.policy, setting.prompts, setting.uniforms(3), setting.rule, SLOTS, None)
         run.to_the_end(1, graphs=False, compile=False)
     lengths = run.length[:-1].tolist()
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8.6, 4.6), sharex=True, layout="constrained")
+    figure = Figure(figsize=(8.6, 4.6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
     for step, rows in enumerate(run.history):
         for slot, row in enumerate(rows):
             top.barh(slot, 1, left=step, height=0.8, color=COLORS[row // GROUP])

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import tempfile
 from pathlib import Path
 
-import torch
-import transformers
 from rich.table import Table
 
 import train
+from benchmarks.machine import where
 from rlkl import runs
 from rlkl.log import read_rows
 from rlkl.terminal import console
@@ -25,14 +23,8 @@ STEPS = 30
 def measure(config: str) -> dict[str, float]:
     """Medians of the last two thirds of the steps: the first ones warm up."""
     with tempfile.TemporaryDirectory() as folder:
-        argv = [
-            config,
-            f"optim.steps={STEPS}",
-            "eval.every=0",
-            "eval.samples=1",
-            "eval.prompts=8",
-            "checkpoint.every=0",
-        ]
+        argv = [config, f"optim.steps={STEPS}", "eval.every=0", "eval.samples=1", "eval.prompts=8",
+                "checkpoint.every=0"]
         train.train(runs.configure([*argv, f"run={folder}/run"]), argv)
         rows = read_rows(Path(folder) / "run" / "metrics.jsonl")[STEPS // 3 :]
     return {name: statistics.median(row[name] for row in rows) for name in COLUMNS}
@@ -44,14 +36,8 @@ def main() -> None:
     for name in COLUMNS:
         table.add_row(name, *(f"{row[name]:.3g}" for row in results.values()))
     console.print(table)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    versions = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-    where = {"device": device, "threads": torch.get_num_threads(), "versions": versions}
-    Path("benchmarks/results/step.json").write_text(json.dumps({**where, "results": results}, indent=1) + "\n")
+    found = {**where("transformers"), "results": results}
+    Path("benchmarks/results/step.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,9 @@ import contextlib
 import io
 import json
 import os
-import platform
 import statistics
 import tempfile
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 import train as ours
-from benchmarks.rollout import clock
+from benchmarks.machine import clock, where
 from rlkl import config
 from rlkl.build import build, pick_device
 from rlkl.terminal import console
@@ -167,10 +165,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         console.print(f"{kind}: rlkl {seconds['rlkl']:.2f} s a step of {tokens['rlkl']:.0f} tokens, TRL "
                       f"{seconds['trl']:.2f} s of {tokens['trl']:.0f}: {row['ratio_per_token']:.2f} × a token")
     cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
-    versions = {name: version(name) for name in ("torch", "transformers", "trl")}
-    found = {"device": device, "threads": 1, "clock": "seconds" if cuda else "CPU seconds", "versions": versions,
-             "prompts": PROMPTS, "group": GROUP, "results": results}
+    found = {**where("transformers", "trl"), "clock": "seconds" if cuda else "CPU seconds", "prompts": PROMPTS,
+             "group": GROUP, "results": results}
     out = args.out or Path(f"benchmarks/results/trl-step-{'cuda' if cuda else 'cpu'}.json")
     out.write_text(json.dumps(found, indent=1) + "\n")
     return found

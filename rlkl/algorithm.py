@@ -74,5 +74,5 @@ def reads_old(cfg: Config) -> bool:
 
 def updates(cfg: Config) -> int:
     """Optimizer steps per rollout, if no group is dropped."""
-    rows = cfg.sampling.prompts * cfg.sampling.group_size
+    rows = cfg.sampling.rows
     return cfg.optim.epochs * -(-rows // (cfg.optim.minibatch or rows))

@@ -18,12 +18,12 @@ from rlkl import lora, tiny
 from rlkl.advantages import ADVANTAGES
 from rlkl.algorithm import algorithm, reads_old
 from rlkl.config import resolve
-from rlkl.errors import UserError
+from rlkl.errors import UserError, first_line
 from rlkl.explain import traps
 from rlkl.explain.footprint import plan
 from rlkl.kl import KL, KL_LOSSES, KL_OLD_LOSSES
 from rlkl.losses import LOSSES, SELECTORS
-from rlkl.model import Policy, checkpoint_layers, encode, first_line, load, reference_of, sampling_rule
+from rlkl.model import Policy, checkpoint_layers, context_of, encode, load, reference_of, sampling_rule
 from rlkl.optim import Optimizer
 from rlkl.rewards import REWARDS, Reward, from_task, with_overlong
 from rlkl.rewards.scoring import Scoring, assemble
@@ -88,9 +88,7 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
     make_task = resolve(cfg.task, TASKS, "task")
     task, heldout_task = make_task("train"), make_task("heldout")
     scoring = scoring_of(cfg, console)
-    reward, score = from_task(task.score), task.score
-    if cfg.task["name"] not in TASKS:  # somebody else's code
-        reward, score = scoring.task(cfg.task, task.score)
+    reward, solved, grade = judges(cfg, task, scoring)
     if cfg.reward:
         reward = assemble(cfg.reward if isinstance(cfg.reward, list) else [cfg.reward], reward, scoring)
     if cfg.overlong.buffer:
@@ -98,8 +96,7 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
 
     for line in plan(cfg, chosen.exact, device, task):
         console.print(escape(line))
-    name = str(base_model(console, task)) if cfg.model.name == "tiny" else cfg.model.name
-    dtype = dtype_of(cfg, device)
+    name, dtype = model_name(cfg.model.name, console, task), dtype_of(cfg, device)
     policy, tokenizer = load(name, critic=cfg.model.critic, device=device, dtype=dtype)
     if cfg.lora.r:
         lora.adapt(policy.lm, **asdict(cfg.lora), seed=stream(cfg.seed, 0, "LoRA"))
@@ -124,8 +121,7 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
         sampler, reward, scoring, chosen.advantage, chosen.selector, chosen.loss, chosen.kl_ref, chosen.kl_old,
         reads_old(cfg),
         train=that_fit(cfg, policy, tokenizer, [task[i] for i in range(len(task))], "train", console),
-        heldout=heldout_of(cfg, policy, tokenizer, heldout_task, console),
-        solved=partial(solved, score), grade=partial(judged, "grade", getattr(task, "grade", lambda *_: {})))
+        heldout=heldout_of(cfg, policy, tokenizer, heldout_task, console), solved=solved, grade=grade)
 
 
 def scoring_of(cfg: Config, console: Console) -> Scoring:
@@ -141,8 +137,17 @@ def heldout_of(cfg: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase, 
     return that_fit(cfg, policy, tokenizer, [task[i] for i in chosen], "held-out", console)
 
 
-def solved(score: Callable[[Example, str], float | dict[str, float]], example: Example, reply: str) -> bool:
-    """Is a reply right: a score, or a sum of named parts, of at least 1."""
+def judges(cfg: Config, task: Any, scoring: Scoring
+           ) -> tuple[Reward, Callable[[Example, str], bool], Callable[[Example, str], dict[str, float]]]:
+    """What a task says of replies: as a reward, whether one is right, and its grades, none where it gives none."""
+    reward, score = from_task(task.score), task.score
+    if cfg.task["name"] not in TASKS:  # somebody else's code
+        reward, score = scoring.task(cfg.task, task.score)
+    return reward, partial(is_right, score), partial(judged, "grade", getattr(task, "grade", lambda *_: {}))
+
+
+def is_right(score: Callable[[Example, str], float | dict[str, float]], example: Example, reply: str) -> bool:
+    """A score, or a sum of named parts, of at least 1."""
     scored = judged("score", score, example, reply)
     return (sum(scored.values()) if isinstance(scored, dict) else scored) >= 1
 
@@ -161,20 +166,22 @@ def dtype_of(cfg: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def base_model(console: Console, task: Any = None) -> Path:
-    """The tiny base for a task, or for addition; with a line of progress if it has to be made."""
+def model_name(name: str, console: Console, task: Any = None) -> str:
+    """A directory or a hub name as it is; for tiny the base for a task, or for addition, made now if it is missing."""
+    if name != "tiny":
+        return name
     task = Addition("train") if task is None else task
     with console.status("") as status:
-        return tiny.cached_base(
+        return str(tiny.cached_base(
             lambda accuracy, goal: status.update(
                 f"making the tiny base model, once: sampled accuracy {accuracy:.2f}, stops at {goal}"),
-            [task[i] for i in range(len(task))])
+            [task[i] for i in range(len(task))]))
 
 
 def that_fit(cfg: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase, examples: list[Example], side: str,
         console: Console) -> list[Example]:
     """The examples whose prompt leaves room for a reply; the others are counted and the first one is named."""
-    context: Any = getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(policy.lm)
     limit = cfg.sampling.max_prompt_tokens or (context - cfg.sampling.max_new_tokens if context else None)
     try:
         lengths = [len(encode(tokenizer, e.prompt)) for e in examples]

@@ -19,7 +19,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError, create_model
 
-from rlkl.errors import UserError
+from rlkl.errors import UserError, first_line
 from rlkl.schema import PLUGINS, Config
 
 S = TypeVar("S")
@@ -70,19 +70,19 @@ def defaults(schema: type = Config) -> dict:
 def read_yaml(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such config file (an override is written key=value)")
-    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    tree = parse_yaml(path.read_bytes(), str(path)) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections of key: value, got {tree!r}")
     return tree
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str | bytes, where: str) -> Any:
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}:{place} not YAML: {getattr(error, 'problem', None) or error}") from error
+        raise UserError(f"{where}:{place} not YAML: {getattr(error, 'problem', None) or first_line(error)}") from error
 
 
 def merge(old: dict, new: Any) -> dict:
@@ -94,7 +94,7 @@ def merge(old: dict, new: Any) -> dict:
         value = sections(value) if key in PLUGINS else value
         before = old.get(key)
         nested = isinstance(before, dict) and isinstance(value, dict)
-        another = nested and key in PLUGINS and value.get("name", before["name"]) != before["name"]
+        another = nested and key in PLUGINS and "name" in before and value.get("name", before["name"]) != before["name"]
         merged[key] = merge(before, value) if nested and not another else value
     return merged
 
@@ -109,13 +109,11 @@ def sections(value: Any) -> Any:
 def explain(error: ValidationError, schema: type = Config) -> str:
     """The first mistake as one line."""
     mistake = error.errors()[0]
-    where = ".".join(str(x) for x in mistake["loc"])
+    where, said = ".".join(str(x) for x in mistake["loc"]), mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         section = functools.reduce(lambda t, k: get_type_hints(t).get(k, t), mistake["loc"][:-1], schema)
         return f"unknown key {where}; there is {', '.join(f.name for f in fields(section))}"
-    if not where:
-        return mistake["msg"].removeprefix("Value error, ")
-    return f"{where}={mistake['input']!r}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}"
+    return f"{where}={mistake['input']!r}: {said[0].lower()}{said[1:]}" if where else said
 
 
 def resolve(spec: Mapping[str, Any], table: Mapping[str, Callable], key: str = "plug-in") -> functools.partial:

@@ -59,7 +59,7 @@ def replies(cfg: Config, parts: Parts | Exam, rule: Sampling, samples: int
 
     No more rows at once than a rollout has, so that they fit where it does; but the samples of a prompt are together.
     """
-    chunk = max(cfg.sampling.prompts * cfg.sampling.group_size // samples, 1)
+    chunk = max(cfg.sampling.rows // samples, 1)
     rng = generator(0, 0, "held out")
     for start in range(0, len(parts.heldout), chunk):
         some = parts.heldout[start : start + chunk]

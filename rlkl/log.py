@@ -6,6 +6,7 @@ import json
 import os
 from collections import defaultdict
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -36,9 +37,7 @@ class RunLog:
 
     def __init__(self, folder: Path, config: dict, *, wandb_mode: str, project: str, start: int) -> None:
         self.path = folder / "metrics.jsonl"
-        rows = [
-            row for row in read_rows(self.path) if row["step"] <= start
-        ]  # a resumed run repeats the steps after its checkpoint
+        rows = [row for row in read_rows(self.path) if row["step"] <= start]  # what comes after it is run again
         scratch = self.path.with_suffix(".tmp")
         scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         os.replace(scratch, self.path)
@@ -47,8 +46,11 @@ class RunLog:
         if wandb_mode != "disabled":
             import wandb
 
-            self.wandb = wandb.init(project=project, name=folder.name, id=folder.name, dir=folder, config=config,
-                mode=wandb_mode, resume="allow")
+            mine = folder / "wandb-id"  # W&B goes on with a run of the same id: on resume this one, and never another
+            if not mine.exists():
+                mine.write_text(uuid4().hex[:8], encoding="utf-8")
+            self.wandb = wandb.init(project=project, name=folder.name, id=mine.read_text(encoding="utf-8"), dir=folder,
+                config=config, mode=wandb_mode, resume="allow")
 
     def write(self, row: dict, sample: dict | None) -> None:
         """One row; a sample of the step goes with it into the JSONL."""

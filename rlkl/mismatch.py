@@ -16,7 +16,7 @@ from rlkl.types import Batch
 
 def truncated_ratio(batch: Batch, level: Literal["token", "sequence"], cap: float) -> Tensor:
     """min(pi_old/mu, cap), of each token or of its whole reply, (B, T) (TIS, Yao et al. 2025)."""
-    return _log_ratio(batch, level).clamp(-20, 20).exp().clamp(max=cap)
+    return _ratio(batch, level).clamp(max=cap)
 
 
 def accepted(batch: Batch, level: Literal["token", "sequence", "mean"], low: float, high: float) -> Tensor:
@@ -24,16 +24,15 @@ def accepted(batch: Batch, level: Literal["token", "sequence", "mean"], low: flo
 
     By token IcePop's mask, by reply TRL's sequence mask and verl's geometric rejection.
     """
-    ratio = _log_ratio(batch, level).clamp(-20, 20).exp()
+    ratio = _ratio(batch, level)
     return (ratio >= low) & (ratio <= high) & batch.mask
 
 
-def _log_ratio(batch: Batch, level: str) -> Tensor:
-    """(B, T) log pi_old - log mu: the token's, or its reply's sum or mean."""
-    tokens = (batch.old_logprobs - batch.sampler_logprobs).masked_fill(~batch.mask, 0.0)
-    if level == "token":
-        return tokens
-    whole = tokens.sum(1, keepdim=True)
+def _ratio(batch: Batch, level: str) -> Tensor:
+    """(B, T) pi_old/mu: the token's, or its reply's product or geometric mean; the logarithm is clamped to ±20."""
+    log_ratio = (batch.old_logprobs - batch.sampler_logprobs).masked_fill(~batch.mask, 0.0)
+    if level != "token":
+        log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
     if level == "mean":
-        whole = whole / batch.mask.sum(1, keepdim=True).clamp_min(1)
-    return whole.expand_as(tokens)
+        log_ratio = log_ratio / batch.mask.sum(1, keepdim=True).clamp_min(1)
+    return log_ratio.clamp(-20, 20).exp()

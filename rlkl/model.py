@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
 from rlkl import lora
-from rlkl.errors import UserError
+from rlkl.errors import UserError, first_line
 from rlkl.logprobs import Backend, head_logits, token_logprobs
 from rlkl.types import Batch, Evaluation, Head, Sampling
 
@@ -239,10 +239,6 @@ def export(name: str, folder: str, dtype: torch.dtype = torch.float32, temperatu
     tokenizer.save_pretrained(folder)
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def check_reproduced(policy: Policy) -> None:
     """Score a row by `evaluate`, whole and behind padding, and by the model alone; UserError if 1e-4 nats apart."""
     kind, pad = policy.lm.config.model_type, 3
@@ -269,6 +265,11 @@ def sampling_rule(policy: Policy, tokenizer: PreTrainedTokenizerBase, temperatur
     eos = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
     pad = next(i for i in (tokenizer.pad_token_id, *range(len(eos) + 1)) if i is not None and i not in eos)
     return Sampling(temperature=temperature, eos_ids=tuple(sorted(eos)), pad_id=pad, vocab_size=policy.vocab_size)
+
+
+def context_of(lm: Any) -> int | None:
+    """The longest text a model takes, in tokens, where its config says it."""
+    return getattr(lm.config.get_text_config(), "max_position_embeddings", None)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:

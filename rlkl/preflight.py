@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlkl.errors import UserError
+from rlkl.errors import UserError, first_line
 from rlkl.losses import Loss
 from rlkl.rewards import token_rewards
 from rlkl.types import Batch, Evaluation
@@ -86,13 +86,13 @@ def needs_exact_kl(term: Callable[[Evaluation, Batch], Tensor]) -> bool:
 
 
 def _said(error: Exception) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if type(error) is ValueError else f"failed on a random batch: {type(error).__name__}: {line}"
+    said = first_line(error)
+    return said if type(error) is ValueError else f"failed on a random batch: {type(error).__name__}: {said}"
 
 
-def random_batch(rows: int, critic: bool, group: int = 2, columns: int = 4, seed: int = 0) -> tuple[Batch, Evaluation]:
+def random_batch(rows: int, critic: bool, group: int = 2) -> tuple[Batch, Evaluation]:
     """`rows` ragged replies as they look before credit is given, and an evaluation near them that carries gradients."""
-    g = torch.Generator().manual_seed(seed)
+    g, columns = torch.Generator().manual_seed(0), 4
 
     def normal() -> Tensor:
         return torch.randn(rows, columns, generator=g)

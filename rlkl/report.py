@@ -8,13 +8,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlkl import hacking
-
-matplotlib.use("agg")
 
 PANELS = {  # title → metrics drawn in it
     "reward and held-out accuracy": ("reward", "heldout/accuracy"),

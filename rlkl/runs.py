@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections import Counter
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,18 @@ def configure(argv: list[str]) -> Config:
     if not folders:
         return config.load(argv)
     saved = config.read_yaml(Path(folders[-1]) / "config.yaml")
-    tree = config.load(argv, saved)
-    before, after = (flat(asdict(c)) for c in (config.build(saved), tree))
-    changed = [
-        key for key in sorted({*before, *after}) if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE)
-    ]
-    if changed:
-        key = changed[0]
-        raise UserError(
-            f"resume={folders[-1]}: {key} was {before.get(key)} and is now {after.get(key)}; only optim.steps, "
-            "eval.every, checkpoint.* and log.* may change"
-        )
-    return tree
+    cfg = config.load(argv, saved)
+    for key, (was, now) in differing(config.build(saved), cfg).items():
+        if not key.startswith(MAY_CHANGE):
+            raise UserError(f"resume={folders[-1]}: {key} was {was} and is now {now}; only optim.steps, eval.every, "
+                            "checkpoint.* and log.* may change")
+    return cfg
+
+
+def differing(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """{dotted key: its two values} of the options in which two configs differ; None where there is no such key."""
+    a, b = (flat(asdict(cfg)) for cfg in (one, other))
+    return {key: (a.get(key), b.get(key)) for key in sorted({*a, *b}) if a.get(key) != b.get(key)}
 
 
 def flat(tree: dict, prefix: str = "") -> dict:
@@ -55,35 +56,32 @@ def flat(tree: dict, prefix: str = "") -> dict:
 
 def open_folder(cfg: Config, argv: list[str]) -> Path:
     """Make the run folder and write down what is needed to repeat the run, or find it again on resume."""
-    plugins = plugin_files(cfg)
-    if cfg.resume:
-        folder = Path(cfg.resume)
-        for file, name in plugins.items():
-            kept = folder / "plugins" / name
-            if not filecmp.cmp(file, kept, shallow=False):
-                raise UserError(
-                    f"resume={folder}: {file} differs from {kept}, which the run was started with: "
-                    "copy it there if the change is meant"
-                )
-        return folder
-    folder = (
-        Path(cfg.run)
-        if cfg.run != "auto"
-        else numbered(Path("runs") / f"{cfg.task['name']}-{cfg.loss['name']}".replace("/", "_").replace(":", "-"))
-    )
+    if not cfg.resume:
+        name = f"{cfg.task['name']}-{cfg.loss['name']}".replace("/", "_").replace(":", "-")
+        return make_folder(cfg, name, ["python", "train.py", *argv], f"resume={cfg.run} continues it")
+    folder = Path(cfg.resume)
+    for file, name in plugin_files(cfg).items():
+        kept = folder / "plugins" / name
+        if not filecmp.cmp(file, kept, shallow=False):
+            raise UserError(f"resume={folder}: {file} differs from {kept}, which the run was started with: "
+                            "copy it there if the change is meant")
+    return folder
+
+
+def make_folder(cfg: Any, name: str, command: list[str], instead: str) -> Path:
+    """The folder `cfg.run`, or a new one of this name under runs/: what was run, on what, and the plug-ins' files.
+
+    UserError where it exists, with what to do `instead`, and where it cannot be written.
+    """
+    folder, plugins = Path(cfg.run) if cfg.run != "auto" else numbered(Path("runs") / name), plugin_files(cfg)
     if folder.exists():
-        raise UserError(f"run={folder}: the folder exists; a run is never overwritten: resume={folder} continues it")
-    return make_folder(folder, cfg, plugins, " ".join(["python", "train.py", *argv]))
-
-
-def make_folder(folder: Path, cfg: Any, plugins: dict[Path, str], command: str) -> Path:
-    """A new run folder: what was run, on what, and the plug-ins' files. UserError where it cannot be written."""
+        raise UserError(f"run={folder}: the folder exists; a run is never overwritten: {instead}")
     try:
         (folder / "checkpoints").mkdir(parents=True)
         (folder / "plugins").mkdir()
     except OSError as error:
         raise UserError(f"run={folder}: cannot be written: {error.strerror}") from error
-    (folder / "provenance.json").write_text(json.dumps(provenance(command), indent=1), encoding="utf-8")
+    (folder / "provenance.json").write_text(json.dumps(provenance(" ".join(command)), indent=1), encoding="utf-8")
     for file, name in plugins.items():
         shutil.copy(file, folder / "plugins" / name)
     plain = json.loads(json.dumps(asdict(cfg)))  # tuples as lists
@@ -100,12 +98,10 @@ def plugin_files(cfg: Any) -> dict[Path, str]:
     return {file: file.name if names[file.name] == 1 else "_".join(file.parts).lstrip("/_") for file in files}
 
 
-def numbered(stem: Path) -> Path:
-    """The first of stem-1, stem-2, … that does not exist."""
-    number = 1
-    while (folder := stem.with_name(f"{stem.name}-{number}")).exists():
-        number += 1
-    return folder
+def numbered(stem: Path, suffix: str = "") -> Path:
+    """The first of stem-1, stem-2, … that does not exist, each with the suffix."""
+    paths = (stem.with_name(f"{stem.name}-{number}{suffix}") for number in count(1))
+    return next(path for path in paths if not path.exists())
 
 
 def provenance(command: str) -> dict:

@@ -95,6 +95,11 @@ class Sampling:
     baseline: Literal["none", "greedy"] = "none"
     """what advantages may be measured against beside a critic: the score of each prompt's greedy reply (remax)"""
 
+    @property
+    def rows(self) -> int:
+        """B = N · G, replies per step."""
+        return self.prompts * self.group_size
+
 
 @dataclass(config=STRICT)
 class Overlong:
@@ -262,7 +267,7 @@ class Config:
     @pydantic.model_validator(mode="after")
     def possible(self) -> Self:
         """What no single key can see."""
-        rows = self.sampling.prompts * self.sampling.group_size
+        rows = self.sampling.rows
         if self.optim.minibatch and self.optim.minibatch > rows:
             raise ValueError(f"optim.minibatch={self.optim.minibatch} is larger than the rollout of {rows} rows "
                              "(sampling.prompts * sampling.group_size)")

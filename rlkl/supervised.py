@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlkl.errors import UserError
+from rlkl.errors import UserError, first_line
 from rlkl.log import RunLog
-from rlkl.model import encode, first_line, left_pad
+from rlkl.model import encode, left_pad
 from rlkl.optim import Optimizer, lr_scale
 from rlkl.schema_supervised import Fit, Supervised
 from rlkl.seeds import generator
-from rlkl.terminal import Interrupt, console, progress
+from rlkl.terminal import Interrupt, console, progress, say
 from rlkl.types import Batch
 
 MAX_SKIPS = 5  # updates in a row that were not finite
@@ -73,8 +73,7 @@ def microbatches(items: Sequence[Item], max_tokens: int) -> Iterator[list[Item]]
     """Longest first, at most `max_tokens` padded tokens each, one item at least."""
     some: list[Item] = []
     for item in sorted(items, key=lambda item: -item.width):
-        wide = max([item, *some[:1]], key=lambda x: x.width).width
-        if some and (len(some) + 1) * len(item.replies) * wide > max_tokens:
+        if some and (len(some) + 1) * len(item.replies) * some[0].width > max_tokens:
             yield some
             some = []
         some.append(item)
@@ -92,11 +91,6 @@ def that_fit(items: Iterable[Item], limit: int | None, what: str) -> list[Item]:
             raise UserError(f"{said}; none is left: raise max_tokens, or take a model with a longer context")
         console.print(f"[yellow]note:[/] dropped: {said}")
     return kept
-
-
-def context_of(lm: Any) -> int | None:
-    """The longest text a model takes, where its config says it."""
-    return getattr(lm.config.get_text_config(), "max_position_embeddings", None)
 
 
 def one(item: Item) -> int:
@@ -171,7 +165,7 @@ def fit(cfg: Supervised, module: nn.Module, objective: Objective, train: Sequenc
             log.write(row, None)
             advance(step + 1)
             if (step + 1) % cfg.log.every == 0 or last:
-                console.print(f"step {step + 1:5d}  " + "  ".join(
+                say(f"step {step + 1:5d}  " + "  ".join(
                     f"{name} {x:.4g}" for name, x in row.items() if name not in ("step", "lr", "rows")))
             if interrupt.asked:
                 break

@@ -17,6 +17,11 @@ console = Console(highlight=False, soft_wrap=True)
 SHOWN = ("reward", "heldout/accuracy", "length", "entropy", "clip_fraction", "kl_old_pi", "kl_pi_ref_seq", "seconds")
 
 
+def say(text: str) -> None:
+    """A line of ours, in which brackets are no markup."""
+    console.print(escape(text))
+
+
 @contextmanager
 def progress(done: int, total: int) -> Iterator[Callable[[int], None]]:
     """A bar with the time left; the caller says how many steps are done."""
@@ -30,7 +35,7 @@ def progress(done: int, total: int) -> Iterator[Callable[[int], None]]:
 def show(step: int, row: dict[str, float], sample: dict) -> None:
     """One line of numbers, and one prompt with its reply and score."""
     names = dict.fromkeys([*SHOWN[:2], *(name for name in row if name.startswith("heldout/")), *SHOWN[2:]])
-    console.print(f"step {step:5d}  " + "  ".join(f"{name} {row[name]:.3g}" for name in names if name in row))
+    say(f"step {step:5d}  " + "  ".join(f"{name} {row[name]:.3g}" for name in names if name in row))
     text = f"{sample['prompt']!r} → {sample['reply']!r}"
     console.print(f"  [dim]{escape(text[:200])}   score {sample['score']:g}[/]")
 
@@ -41,7 +46,7 @@ def suspect(step: int, suspicion: str) -> None:
 
 
 def before_and_after(before: dict[str, float], after: dict[str, float], title: str) -> None:
-    table = Table("", "before", "after", title=title, title_justify="left")
+    table = Table("", "before", "after", title=escape(title), title_justify="left")
     for name in after:
         table.add_row(name, f"{before[name]:.3f}", f"{after[name]:.3f}")
     console.print(table)
@@ -50,7 +55,7 @@ def before_and_after(before: dict[str, float], after: dict[str, float], title: s
 def usage(doc: str, options: list[tuple[str, str, str, str]], command: str = "train.py",
           names: str = "[CONFIG.yaml ...]") -> None:
     """Every option with its type, default and one line."""
-    console.print(escape(f"{doc}\nusage: {command} {names} [key=value ...]   later arguments win\n"))
+    say(f"{doc}\nusage: {command} {names} [key=value ...]   later arguments win\n")
     table = Table("option", "type", "default", "", box=None, pad_edge=False)
     for row in options:
         table.add_row(*map(escape, row))

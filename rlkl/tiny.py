@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rlkl.errors import UserError
 from rlkl.losses import token_weights
-from rlkl.model import Policy, encode, left_pad
+from rlkl.model import Policy
 from rlkl.scratch import TINY, architecture, character_tokenizer, write
+from rlkl.supervised import collate, item_of
 from rlkl.types import Batch, Example
 
 GOAL = 0.25  # sampled accuracy at which supervision stops: enough replies earn a reward, and much is left to learn
@@ -81,9 +82,10 @@ def supervise(policy: Policy, tokenizer: PreTrainedTokenizerFast, progress: Call
               examples: Sequence[Example]) -> None:
     """Cross-entropy on the solutions; every 10 steps the probability of the given solution to others is measured."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1.5e-3, weight_decay=0.0, fused=True)
+    items = [item_of(tokenizer, e.prompt, [e.solution]) for e in examples]
 
     def some(count: int) -> Batch:
-        return supervised_batch(tokenizer, [examples[i] for i in torch.randint(len(examples), (count,)).tolist()])
+        return collate([items[i] for i in torch.randint(len(items), (count,)).tolist()], tokenizer.pad_token_id)
 
     for step in range(STEPS):
         for group in optimizer.param_groups:
@@ -102,13 +104,3 @@ def supervise(policy: Policy, tokenizer: PreTrainedTokenizerFast, progress: Call
         optimizer.zero_grad()
     raise UserError(f"the tiny base model did not reach a sampled accuracy of {GOAL} in {STEPS} steps: make the task "
                     "easier, or name a model with model.name")
-
-
-def supervised_batch(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> Batch:
-    """Prompts and their solutions, EOS included, in the shape of a rollout."""
-    prompt_ids, prompt_mask = left_pad([encode(tokenizer, e.prompt) for e in examples], tokenizer.pad_token_id)
-    answers = [[*encode(tokenizer, e.solution), tokenizer.eos_token_id] for e in examples]
-    width = max(len(a) for a in answers)
-    ids = torch.tensor([a + [tokenizer.pad_token_id] * (width - len(a)) for a in answers])
-    mask = torch.tensor([[True] * len(a) + [False] * (width - len(a)) for a in answers])
-    return Batch(prompt_ids, prompt_mask, ids, mask, torch.zeros(ids.shape), torch.zeros(len(ids), dtype=torch.bool))

@@ -191,7 +191,7 @@ MUTANTS = [
       "descending=True).values[: max(int(count + 1e-9), 1)].amin() if len(inside) else inside.bool()", "selectors",
       "TRL: a threshold, and all that tie with it"),
     # the sampler is not the trainer
-    M("rlkl/mismatch.py", ".exp().clamp(max=cap)", ".exp()", "mismatch"),
+    M("rlkl/mismatch.py", ".clamp(max=cap)", "", "mismatch"),
     M("rlkl/mismatch.py", "(ratio >= low)", "(ratio > low)", "mismatch"),
     M("rlkl/mismatch.py", "(batch.old_logprobs - batch.sampler_logprobs)", "(batch.sampler_logprobs - batch."
       "old_logprobs)", "mismatch"),

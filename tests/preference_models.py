@@ -15,9 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
-from transformers.utils import logging as hf_logging
 
-from rlkl.tiny import character_tokenizer
+from rlkl.scratch import character_tokenizer, write
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "max_position_embeddings": 64}
@@ -43,7 +42,7 @@ def classifier(folder: Path, kind: str = "llama", labels: tuple[str, ...] = ("sc
     with torch.no_grad():
         for p in lm.parameters():
             p.copy_(0.3 * torch.randn(p.shape, generator=g) + (0 if p.dim() > 1 else p))
-    return saved(folder, lm, tokenizer)
+    return write(folder, lm, tokenizer)
 
 
 def words(*known: str) -> PreTrainedTokenizerFast:
@@ -71,11 +70,4 @@ def judge_of(folder: Path, liked: str = "!", strength: float = 2.0, chat_templat
         embedding[:, 1] = 1.0
         embedding[tokenizer.convert_tokens_to_ids(liked)] = torch.eye(16)[0]
         lm.lm_head.weight[yes, 0] = lm.lm_head.weight[no, 1] = strength / 4  # the norm of a state is √16
-    return saved(folder, lm, tokenizer)
-
-
-def saved(folder: Path, lm, tokenizer) -> Path:
-    hf_logging.disable_progress_bar()
-    lm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write(folder, lm, tokenizer)

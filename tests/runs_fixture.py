@@ -14,13 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
-from transformers.utils import logging as hf_logging
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # train.py is a script, not a part of the package
 
 import train  # noqa: E402
-from rlkl.tiny import character_tokenizer  # noqa: E402
+from rlkl.scratch import character_tokenizer, write  # noqa: E402
 
 SMALL = (
     "task.digits=1",
@@ -98,10 +97,7 @@ def make_base(folder: Path) -> Path:
         mean = lm.base_model(torch.tensor([tokenizer("0123456789+=").input_ids])).last_hidden_state.mean((0, 1))
         likely = torch.tensor([tokenizer.eos_token_id, *tokenizer("0123456789").input_ids])
         lm.lm_head.weight[likely] += 9 * mean / mean.square().sum()
-    hf_logging.disable_progress_bar()
-    lm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write(folder, lm, tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -128,21 +124,22 @@ def arguments(base: Path, *overrides: str) -> list[str]:
 
 
 def run(base: Path, *overrides: str) -> Path:
-    """train.main in the working directory; returns the run folder. Fails where the run fails."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        code = train.main(arguments(base, *overrides))
-    assert code == 0, said.getvalue()
+    """train.py in the working directory; returns the run folder. Fails where the run fails."""
+    call(arguments(base, *overrides))
     return Path(next(o for o in reversed(overrides) if o.startswith("run=")).removeprefix("run="))
 
 
 def resume(folder: Path, *overrides: str) -> Path:
     """`train.py resume=FOLDER` alone: everything else is in the folder."""
+    call([f"resume={folder}", *overrides])
+    return folder
+
+
+def call(argv: list[str]) -> None:
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        code = train.main([f"resume={folder}", *overrides])
+        code = train.main(argv)
     assert code == 0, said.getvalue()
-    return folder
 
 
 def rows(folder: Path) -> list[dict]:

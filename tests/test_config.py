@@ -111,6 +111,17 @@ def test_switching_the_name_forgets_the_arguments_of_the_previous_plugin(tmp_pat
     assert load([one, two]).loss == {"name": "surrogate", "entropy_coef": 0.1}
 
 
+def test_options_may_be_given_before_the_name_where_there_is_no_plugin_yet():
+    """`reward` and `selector` have no default: there is no previous name whose options could be meant."""
+    assert load(["reward.path=m", "reward.name=reward_model"]).reward == {"path": "m", "name": "reward_model"}
+    assert refused(load, ["selector.fraction=0.1", "selector.low=1"]).startswith("selector={'fraction': 0.1, 'low': 1}")
+
+
+def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path):
+    (tmp_path / "model.yaml").write_bytes(b"PK\x03\x04\x80\xff\xfe")
+    assert "model.yaml: not YAML: " in refused(load, [str(tmp_path / "model.yaml")])
+
+
 def test_a_plugin_may_be_given_by_its_name_alone():
     cfg = load(["loss=ppo", "advantage=gae", "sampling.backend=naive", "reward=my.py:f", "task=jsonl"])
     assert [cfg.loss, cfg.advantage, cfg.sampling.backend, cfg.reward, cfg.task] == [

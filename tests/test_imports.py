@@ -31,7 +31,7 @@ MAY_IMPORT = {  # module or package → what of ours it may import, itself aside
     "preferences": {"errors"},
     "supervised": {"errors", "log", "model", "optim", "schema_supervised", "seeds", "terminal", "types"},
     "scratch": {"schema_supervised"},
-    "tiny": {"errors", "losses", "model", "scratch", "types"},
+    "tiny": {"errors", "losses", "model", "scratch", "supervised", "types"},
     "terminal": set(),
     "tiles": {"kernels", "types"},
     "logprobs": {"types", "kernels", "tiles"},
@@ -44,7 +44,7 @@ MAY_IMPORT = {  # module or package → what of ours it may import, itself aside
     "preflight": {"errors", "losses", "rewards", "types"},
     "algorithm": {"advantages", "config", "errors", "kl", "losses", "preflight", "schema", "types"},
     "explain": {"algorithm", "config", "errors", "kl", "logprobs", "lora", "losses", "model", "rewards", "rollout",
-                "schema", "tasks", "tiles", "tiny", "types"},
+                "schema", "scratch", "tasks", "tiles", "types"},
     "runs": {"config", "errors", "schema"},
 }
 ONLY = {  # library → the modules that may import it

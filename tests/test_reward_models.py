@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import train
 from rlkl import cli
+from rlkl.cli.reward_model import normalise
 from rlkl.errors import UserError
 from rlkl.model import decode, load
 from rlkl.rewards import REWARDS, judge
@@ -117,6 +118,14 @@ def test_rewards_are_normalised_by_the_configs_mean_and_std_unless_switched_off(
     asked = batch_of(AutoTokenizer.from_pretrained(path), ["q"] * 4, TEXTS)
     raw = reward_model(*asked, path=str(path), normalise=False)[0]
     torch.testing.assert_close(reward_model(*asked, path=str(path))[0], (raw - 3) / 2)
+
+
+def test_a_single_reply_of_the_reference_has_a_mean_and_no_spread_to_divide_by(tmp_path):
+    model = load_reward_model(str(classifier(tmp_path)), "path")
+    row = model.read("q: ", "hello there", True)
+    normalise(model, [row], 64)
+    assert model.lm.config.reward_mean == pytest.approx(model.score([row], 64).item())
+    assert model.lm.config.reward_std == 1.0
 
 
 def test_the_score_of_a_classifier_of_several_labels_is_the_log_odds_of_one(tmp_path):

@@ -8,6 +8,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from rlkl import checkpoint
+from rlkl.log import RunLog
 
 pytest_plugins = ("runs_fixture",)
 
@@ -266,3 +268,20 @@ def test_a_run_without_a_checkpoint_is_resumed_from_its_start(here, base, whole)
     (folder / "checkpoints" / "step-000002").rename(here / "lost")
     resume(folder, "optim.steps=6")
     assert differences(whole, folder) == []
+
+
+def test_a_folder_whose_name_looks_like_markup_is_shown_as_it_is(here, base, capsys):
+    run(base, "run=out[/x]", "optim.steps=1", "eval.every=0")
+    assert "run: out[/x]" in capsys.readouterr().out
+
+
+def test_wandb_goes_on_with_the_run_of_a_resumed_folder_and_with_no_other(tmp_path, monkeypatch):
+    """W&B takes an id that it knows for the run to continue, and run folders are called alike everywhere."""
+    made = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: made.append(options)))
+    for place in ("one", "two", "one"):
+        (tmp_path / place / "addition-grpo-1").mkdir(parents=True, exist_ok=True)
+        RunLog(tmp_path / place / "addition-grpo-1", {}, wandb_mode="offline", project="rlkl", start=0).close()
+    one, two, again = (options["id"] for options in made)
+    assert one == again != two
+    assert {options["name"] for options in made} == {"addition-grpo-1"}

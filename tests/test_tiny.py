@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from rlkl import tiny
-from rlkl.build import base_model
+from rlkl.build import model_name
 from rlkl.errors import UserError
 from rlkl.model import load
 from rlkl.scratch import TINY, architecture, character_tokenizer, make_scratch
+from rlkl.supervised import collate, item_of
 from rlkl.terminal import console
 from rlkl.types import Example
 
@@ -33,7 +34,8 @@ def test_supervision_stops_as_soon_as_enough_replies_would_be_right(cache):
     assert told[-1] >= tiny.GOAL > max(told[:-1])
     policy, tokenizer = load(str(folder))
     with torch.no_grad():
-        chance = policy.evaluate(tiny.supervised_batch(tokenizer, LETTERS)).logprobs.sum(1).exp().mean()
+        items = [item_of(tokenizer, e.prompt, [e.answer]) for e in LETTERS]
+        chance = policy.evaluate(collate(items, tokenizer.pad_token_id)).logprobs.sum(1).exp().mean()
     assert abs(chance.item() - told[-1]) < 0.1, "the model that is saved is the one that was measured"
 
 
@@ -52,11 +54,12 @@ def test_the_solution_is_taught_where_the_bare_answer_is_not_a_right_reply(cache
     """Countdown's answer is its target: what is to be written is an expression."""
     example = Example("2, 3=5: ", "5", {"solution": "2 + 3"})
     assert (example.solution, LETTERS[0].solution) == ("2 + 3", "A")
-    tokenizer = character_tokenizer()
-    batch = tiny.supervised_batch(tokenizer, [example, LETTERS[0]])
-    said = [tokenizer.decode(ids[m]) for ids, m in zip(batch.response_ids, batch.mask, strict=True)]
-    assert said == ["2 + 3<eos>", "A<eos>"]
+    tokenizer, batches = character_tokenizer(), []
+    monkeypatch.setattr(tiny, "collate", lambda *given: batches.append(collate(*given)) or batches[-1])
     monkeypatch.setattr(tiny, "GOAL", 0.0)
+    made([example, LETTERS[0]])
+    said = [tokenizer.decode(ids[m]) for b in batches for ids, m in zip(b.response_ids, b.mask, strict=True)]
+    assert set(said) == {"2 + 3<eos>", "A<eos>"}
     assert made([example])[0] != made([Example("2, 3=5: ", "5")])[0]
 
 
@@ -83,8 +86,8 @@ def test_the_default_is_the_base_of_addition(cache, monkeypatch):
     monkeypatch.setattr(tiny, "GOAL", 0.0)
     from rlkl.tasks import Addition
 
-    assert base_model(console) == base_model(console, Addition("train"))
-    assert base_model(console) != base_model(console, Addition("train", digits=1))
+    assert model_name("tiny", console) == model_name("tiny", console, Addition("train"))
+    assert model_name("tiny", console) != model_name("tiny", console, Addition("train", digits=1))
 
 
 def test_tiny_and_scratch_are_one_way_to_make_a_model(tmp_path):

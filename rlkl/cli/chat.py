@@ -17,18 +17,17 @@ from rich.table import Table
 
 from rlkl import config
 from rlkl.build import pick_device
-from rlkl.cli.finished import asked_for_help, both, checkpoint_of, find, kept, parse, say
+from rlkl.cli.finished import asked_for_help, both, checkpoint_of, find, kept, parse
 from rlkl.config import resolve
 from rlkl.errors import UserError
 from rlkl.heldout import stops
-from rlkl.model import Policy, decode, encode, left_pad, sampling_rule
+from rlkl.model import Policy, context_of, decode, encode, left_pad, sampling_rule
 from rlkl.rollout import SAMPLERS
 from rlkl.rollout.sample import draw_uniforms
 from rlkl.schema import Config
 from rlkl.schema_runs import Chat
 from rlkl.seeds import generator
-from rlkl.supervised import context_of
-from rlkl.terminal import console
+from rlkl.terminal import console, say
 from rlkl.types import Batch, Sampling
 
 NAMES = "RUN [--prompt TEXT]"

@@ -1,4 +1,4 @@
-"""What the commands share: their configuration, their folder, the model they start from."""
+"""What the commands share: their configuration, their folder, what they end with."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlkl import config, runs
-from rlkl.build import TABLES, base_model
-from rlkl.errors import UserError
+from rlkl.build import TABLES
 from rlkl.log import RunLog
 from rlkl.schema_supervised import Supervised
-from rlkl.terminal import before_and_after, console, usage
+from rlkl.terminal import before_and_after, say, usage
 
 S = TypeVar("S")
 
@@ -26,19 +25,11 @@ def configure(argv: list[str], schema: type[S], command: str, doc: str) -> S | N
 
 def new_run(cfg: Supervised, command: str, argv: list[str]) -> Path:
     """The folder of a run of this command. UserError where it exists."""
-    folder = Path(cfg.run) if cfg.run != "auto" else runs.numbered(Path("runs") / command)
-    if folder.exists():
-        raise UserError(f"run={folder}: the folder exists; a run is never overwritten: choose another, or delete it")
-    return runs.make_folder(folder, cfg, runs.plugin_files(cfg), " ".join(["rlkl", command, *argv]))
+    return runs.make_folder(cfg, command, ["rlkl", command, *argv], "choose another, or delete it")
 
 
 def open_log(cfg: Supervised, folder: Path) -> RunLog:
     return RunLog(folder, asdict(cfg), wandb_mode=cfg.log.wandb, project=cfg.log.project, start=0)
-
-
-def model_name(name: str, task: Any = None) -> str:
-    """A directory or a hub name; that of the tiny base for a task, which is made if it is missing."""
-    return str(base_model(console, task)) if name == "tiny" else name
 
 
 def finish(folder: Path, lm: Any, tokenizer: Any, before: dict[str, float], after: dict[str, float], title: str
@@ -47,4 +38,4 @@ def finish(folder: Path, lm: Any, tokenizer: Any, before: dict[str, float], afte
     lm.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     before_and_after(before, after, title)
-    console.print(f"model: {folder / 'model'}")
+    say(f"model: {folder / 'model'}")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlkl.build import dtype_of, pick_device
-from rlkl.cli.common import configure, finish, model_name, new_run, open_log
-from rlkl.model import load, reference_of, sampling_rule
+from rlkl.build import dtype_of, model_name, pick_device
+from rlkl.cli.common import configure, finish, new_run, open_log
+from rlkl.model import context_of, load, reference_of, sampling_rule
 from rlkl.preferences import dpo, read_pairs, split
 from rlkl.schema_supervised import Dpo
-from rlkl.supervised import Item, collate, context_of, fit, item_of, that_fit
-from rlkl.terminal import console
+from rlkl.supervised import Item, collate, fit, item_of, that_fit
+from rlkl.terminal import console, say
 
 
 def main(argv: list[str]) -> None:
@@ -20,13 +20,13 @@ def main(argv: list[str]) -> None:
     if cfg is None:
         return
     device, sides = pick_device(cfg.device), split(read_pairs(cfg.data), cfg.heldout, cfg.data)
-    policy, tokenizer = load(model_name(cfg.model.name), device=device, dtype=dtype_of(cfg, device))
+    policy, tokenizer = load(model_name(cfg.model.name, console), device=device, dtype=dtype_of(cfg, device))
     reference = reference_of(policy)
     pad, limit = sampling_rule(policy, tokenizer, 1.0).pad_id, cfg.max_tokens or context_of(policy.lm)
     train, heldout = (that_fit((item_of(tokenizer, p.prompt, (p.chosen, p.rejected), p.truncated) for p in side),
                                limit, "pairs") for side in sides)
     folder = new_run(cfg, "dpo", argv)
-    console.print(f"device: {device}   run: {folder}   {len(train)} pairs, {len(heldout)} held out")
+    say(f"device: {device}   run: {folder}   {len(train)} pairs, {len(heldout)} held out")
 
     def objective(items: list[Item]) -> tuple[Tensor, dict[str, Tensor]]:
         batch = collate(items, pad, device)

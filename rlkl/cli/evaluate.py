@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from rlkl import config, runs
-from rlkl.build import TABLES, heldout_of, judged, pick_device, scoring_of, solved
-from rlkl.cli.finished import Run, asked_for_help, both, checkpoint_of, find, kept, parse, say
+from rlkl.build import TABLES, heldout_of, judges, pick_device, scoring_of
+from rlkl.cli.finished import Run, asked_for_help, both, checkpoint_of, find, kept, parse
 from rlkl.config import resolve
 from rlkl.errors import UserError
 from rlkl.heldout import Exam, accuracy
@@ -24,7 +22,7 @@ from rlkl.rollout import SAMPLERS
 from rlkl.schema import Config
 from rlkl.schema_runs import Chosen
 from rlkl.tasks import TASKS
-from rlkl.terminal import before_and_after, console
+from rlkl.terminal import before_and_after, console, say
 
 READ = ("eval.prompts", "eval.samples", "eval.temperature", "eval.stop", "sampling.max_new_tokens",
         "sampling.max_prompt_tokens", "sampling.backend", "sampling.prompts", "sampling.group_size", "task", "scoring",
@@ -47,10 +45,11 @@ def main(argv: list[str]) -> None:
     before, after, count = measured(cfg, folder, device)
     title = f"{folder}: {count} held-out prompts, {cfg.eval.samples} replies each, temperature {cfg.eval.temperature:g}"
     before_and_after(before, after, title)
-    flat = runs.flat(asdict(cfg))
     result = {"checkpoint": folder.name, "prompts": count, "before": before, "after": after,
-              "options": {key: x for key, x in flat.items() if reads(key)}}
-    say(f"written: {write(run.folder, result)}")
+              "options": {key: x for key, x in runs.flat(asdict(cfg)).items() if reads(key)}}
+    path = runs.numbered(run.folder / "eval", ".json")
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    say(f"written: {path}")
 
 
 def reads(key: str) -> bool:
@@ -62,8 +61,7 @@ def changed(run: Run, changes: list[str]) -> Config:
     own = {"task": kept(run, run.cfg.task), "sampling": {"backend": kept(run, run.cfg.sampling.backend)}}
     tree = config.merge(config.merge(run.tree, OFF), own)
     cfg, start = config.load(changes, tree), config.build(tree)
-    before, after = (runs.flat(asdict(c)) for c in (start, cfg))
-    if other := [k for k in sorted({*before, *after}) if before.get(k) != after.get(k) and not reads(k)]:
+    if other := [key for key in runs.differing(start, cfg) if not reads(key)]:
         raise UserError(f"rlkl eval does not read {other[0]}; it reads step, {', '.join(READ)}")
     return cfg
 
@@ -75,23 +73,10 @@ def measured(cfg: Config, folder: Path, device: torch.device) -> tuple[dict[str,
     tokenizer, *policies = both(cfg, folder, device)
     examples, results = heldout_of(cfg, policies[0], tokenizer, task, console), []
     with scoring_of(cfg, console) as scoring, console.status("") as status:
-        score = task.score if cfg.task["name"] in TASKS else scoring.task(cfg.task, task.score)[1]
+        _, solved, grade = judges(cfg, task, scoring)
         for when, policy in zip(("before", "after"), policies, strict=True):
             status.update(f"{len(examples)} held-out prompts, {when}")
-            exam = Exam(policy, tokenizer, sampling_rule(policy, tokenizer, cfg.eval.temperature), sampler, examples,
-                        solved=partial(solved, score), grade=partial(judged, "grade", getattr(task, "grade", no_grade)))
+            rule = sampling_rule(policy, tokenizer, cfg.eval.temperature)
+            exam = Exam(policy, tokenizer, rule, sampler, examples, solved, grade)
             results.append(accuracy(cfg, exam, samples=cfg.eval.samples))
     return results[0], results[1], len(examples)
-
-
-def no_grade(example: object, reply: str) -> dict[str, float]:
-    return {}
-
-
-def write(folder: Path, result: dict[str, Any]) -> Path:
-    """eval-1.json, eval-2.json, …: none is overwritten."""
-    number = 1
-    while (path := folder / f"eval-{number}.json").exists():
-        number += 1
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
-    return path

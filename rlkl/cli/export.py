@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from rlkl import config
-from rlkl.cli.finished import asked_for_help, checkpoint_of, find, parse, say
+from rlkl.cli.finished import asked_for_help, checkpoint_of, find, parse
 from rlkl.errors import UserError
 from rlkl.model import export
 from rlkl.schema_runs import Export
+from rlkl.terminal import say
 
 
 def main(argv: list[str]) -> None:

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from rich.markup import escape
 
 from rlkl import checkpoint, config, lora, runs
-from rlkl.build import dtype_of
-from rlkl.cli.common import model_name
+from rlkl.build import dtype_of, model_name
 from rlkl.config import resolve
 from rlkl.errors import UserError
 from rlkl.model import Policy, load, reference_of
@@ -125,15 +123,10 @@ def both(cfg: Config, folder: Path, device: torch.device) -> tuple[Any, Policy, 
     """
     dtype = dtype_of(cfg, device)
     task = resolve(cfg.task, TASKS, "task")("train") if cfg.model.name == "tiny" else None  # which made the base
-    before, tokenizer = load(model_name(cfg.model.name, task), device=device, dtype=dtype)
+    before, tokenizer = load(model_name(cfg.model.name, console, task), device=device, dtype=dtype)
     if cfg.lora.r:
         after = before
         lora.adapt(after.lm, **asdict(cfg.lora))
         lora.restore(after.lm, folder)
         return tokenizer, reference_of(after), after.eval()
     return tokenizer, before, load(str(folder), device=device, dtype=dtype)[0]
-
-
-def say(text: str) -> None:
-    """A line of ours, in which brackets are no markup."""
-    console.print(escape(text))

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 
-from rlkl.build import dtype_of, pick_device
-from rlkl.cli.common import configure, model_name
+from rlkl.build import dtype_of, model_name, pick_device
+from rlkl.cli.common import configure
 from rlkl.config import resolve
 from rlkl.errors import UserError
 from rlkl.model import Policy, decode, encode, left_pad, load, sampling_rule
@@ -23,7 +22,7 @@ from rlkl.schema_supervised import Draws, Label
 from rlkl.seeds import draw, generator
 from rlkl.supervised import collate, item_of
 from rlkl.tasks import TASKS
-from rlkl.terminal import console
+from rlkl.terminal import console, say
 from rlkl.types import Batch, Example
 
 ROWS = 512  # replies sampled, or judged, at once
@@ -40,7 +39,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"out={cfg.out}: the file exists, and is never overwritten: choose another, or delete it")
     task = resolve(cfg.task, TASKS, "task")("train")
     reward = resolve(cfg.reward, REWARDS, "reward") if cfg.reward else from_task(task.score)
-    policy, tokenizer = load(model_name(cfg.model.name, task), device=device, dtype=dtype_of(cfg, device))
+    policy, tokenizer = load(model_name(cfg.model.name, console, task), device=device, dtype=dtype_of(cfg, device))
     if cfg.replies is not None:
         rows = given(cfg.replies, tokenizer, policy)
     else:
@@ -55,8 +54,8 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         raise UserError(f"out={cfg.out}: cannot be written: {error.strerror}") from error
     first = pairs[0]
-    console.print(f"{out}: {len(pairs)} pairs; {ties} prompts left out, whose replies all scored the same")
-    console.print(escape(f"  {str(first.prompt)[:60]!r}: {first.chosen[:80]!r} rather than {first.rejected[:80]!r}"))
+    say(f"{out}: {len(pairs)} pairs; {ties} prompts left out, whose replies all scored the same")
+    say(f"  {str(first.prompt)[:60]!r}: {first.chosen[:80]!r} rather than {first.rejected[:80]!r}")
 
 
 def sampled(policy: Policy, tokenizer: Any, examples: Sequence[Example], how: Draws, seed: int

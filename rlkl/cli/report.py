@@ -10,11 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlkl import config, report, runs
-from rlkl.cli.finished import Run, asked_for_help, find, newest_state, parse, say
+from rlkl.cli.finished import Run, asked_for_help, find, newest_state, parse
 from rlkl.errors import UserError
 from rlkl.log import read_rows
 from rlkl.schema_runs import Report
-from rlkl.terminal import console
+from rlkl.terminal import console, say
 
 NAMES = "RUN [RUN …]"
 NEVER = ("run", "resume", "log.", "checkpoint.")  # differences that change no number

@@ -7,8 +7,8 @@ import json
 from rich.table import Table
 from torch import Tensor
 
-from rlkl.build import dtype_of, pick_device
-from rlkl.cli.common import configure, finish, model_name, new_run, open_log
+from rlkl.build import dtype_of, model_name, pick_device
+from rlkl.cli.common import configure, finish, new_run, open_log
 from rlkl.cli.label import sampled
 from rlkl.model import decode, load
 from rlkl.preferences import Bin, Pair, bradley_terry, calibration, read_pairs, split
@@ -16,7 +16,7 @@ from rlkl.rewards.models import RewardModel, load_reward_model
 from rlkl.schema_supervised import Draws
 from rlkl.schema_supervised import RewardModel as Schema
 from rlkl.supervised import Item, fit, that_fit
-from rlkl.terminal import console
+from rlkl.terminal import console, say
 from rlkl.types import Example
 
 
@@ -26,11 +26,12 @@ def main(argv: list[str]) -> None:
     if cfg is None:
         return
     device, sides = pick_device(cfg.device), split(read_pairs(cfg.data), cfg.heldout, cfg.data)
-    model = load_reward_model(model_name(cfg.model.name), "model.name", fresh=True).to(device, dtype_of(cfg, device))
+    model = load_reward_model(model_name(cfg.model.name, console), "model.name", fresh=True)
+    model = model.to(device, dtype_of(cfg, device))
     train, heldout = (that_fit([item_of(model, p) for p in side], cfg.max_tokens or model.context, "pairs")
                       for side in sides)
     folder = new_run(cfg, "reward-model", argv)
-    console.print(f"device: {device}   run: {folder}   {len(train)} pairs, {len(heldout)} held out")
+    say(f"device: {device}   run: {folder}   {len(train)} pairs, {len(heldout)} held out")
 
     def objective(items: list[Item]) -> tuple[Tensor, dict[str, Tensor]]:
         return bradley_terry(model([reply for item in items for reply in item.replies]))
@@ -76,9 +77,10 @@ def normalise(model: RewardModel, rows: list[list[int]], micro_tokens: int) -> N
     A Bradley-Terry model may add any constant, and its scale is that of the labels (Ziegler et al. 2019, sec. 2.1).
     """
     rewards = model.score(rows, micro_tokens).double()
-    model.lm.config.reward_mean, model.lm.config.reward_std = rewards.mean().item(), rewards.std().item() or 1.0
-    console.print(f"rewards of {len(rows)} replies of the reference: mean {rewards.mean():.3f}, standard deviation "
-                  f"{rewards.std():.3f}, both in the model's config")
+    mean, std = rewards.mean().item(), rewards.std().item() if len(rows) > 1 else 0.0
+    model.lm.config.reward_mean, model.lm.config.reward_std = mean, std or 1.0
+    console.print(f"rewards of {len(rows)} replies of the reference: mean {mean:.3f}, standard deviation {std:.3f}, "
+                  "both in the model's config")
 
 
 def show(bins: list[Bin]) -> None:

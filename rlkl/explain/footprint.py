@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from rlkl import lora, tiny
+from rlkl import lora, scratch
 from rlkl.algorithm import reads_old
 from rlkl.config import resolve
-from rlkl.errors import UserError
+from rlkl.errors import UserError, first_line
 from rlkl.explain.activations import kept
 from rlkl.logprobs import LOGITS_BUDGET
-from rlkl.model import encode, first_line
+from rlkl.model import encode
 from rlkl.rollout import SAMPLERS
 from rlkl.rollout.engine import slots_on
 from rlkl.schema import Config, Lora
@@ -75,8 +75,8 @@ class Memory(NamedTuple):
 def architecture(cfg: Config) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model's config and tokenizer. UserError if they are not here."""
     if cfg.model.name == "tiny":
-        tokenizer = tiny.character_tokenizer()
-        return tiny.architecture(tokenizer), tokenizer
+        tokenizer = scratch.character_tokenizer()
+        return scratch.architecture(tokenizer), tokenizer
     try:
         return AutoConfig.from_pretrained(cfg.model.name), AutoTokenizer.from_pretrained(cfg.model.name)
     except (OSError, ValueError, KeyError) as error:
@@ -88,7 +88,7 @@ def tokens(cfg: Config, tokenizer: PreTrainedTokenizerBase, task: Any = None) ->
     task = resolve(cfg.task, TASKS, "task")("train") if task is None else task
     lengths = [len(encode(tokenizer, task[i].prompt)) for i in range(min(len(task), PROMPTS))]
     longest = min(max(lengths), cfg.sampling.max_prompt_tokens or max(lengths))
-    rows = cfg.sampling.prompts * cfg.sampling.group_size
+    rows = cfg.sampling.rows
     greedy = cfg.sampling.prompts * (cfg.sampling.baseline != "none")
     whole = rows * (longest + cfg.sampling.max_new_tokens)
     passes = cfg.model.reference + reads_old(cfg)
@@ -110,9 +110,9 @@ def memory(cfg: Config, config: Any, longest: int, width: int, exact: bool, cuda
     moments = 2 * (count.trained + network + value) * wide
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    rows, length = cfg.sampling.prompts * cfg.sampling.group_size, longest + cfg.sampling.max_new_tokens
-    sampled = max(rows, cfg.eval.samples)  # held out, at most a rollout at once, but a prompt's replies together
-    sampled = at_once(cfg, sampled, cuda)
+    rows, length = cfg.sampling.rows, longest + cfg.sampling.max_new_tokens
+    most = max(rows, cfg.eval.samples)  # held out, at most a rollout at once, but a prompt's replies together
+    sampled = at_once(cfg, most, cuda)
     replied = min(cfg.optim.micro_tokens, rows * length) * cfg.sampling.max_new_tokens // length
     away = cfg.optim.offload
     return Memory(
@@ -155,7 +155,7 @@ def parameters(config: Any, adapter: Lora) -> Count:
 def activations(cfg: Config, config: Any, length: int, dtype: torch.dtype) -> int:
     """Of the largest micro-batch, in the policy's trunk and in that of a critic network."""
     layers = config.get_text_config().num_hidden_layers
-    rows = min(max(cfg.optim.micro_tokens // length, 1), cfg.sampling.prompts * cfg.sampling.group_size)
+    rows = min(max(cfg.optim.micro_tokens // length, 1), cfg.sampling.rows)
     trunks = [cfg.lora, Lora()] if cfg.model.critic == "network" else [cfg.lora]
     total = 0.0
     for adapter in trunks:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlkl.algorithm import Algorithm, in_reward
-from rlkl.errors import UserError
+from rlkl.errors import UserError, first_line
 from rlkl.explain.measure import (
     FORWARD,
     NOTHING,
@@ -28,7 +28,6 @@ from rlkl.explain.measure import (
 from rlkl.explain.optimum import forward_tilted, tilted, token_level
 from rlkl.explain.tabular import Game, probabilities, table_of
 from rlkl.explain.verify import Expected
-from rlkl.model import first_line
 from rlkl.schema import Config
 
 
@@ -49,6 +48,11 @@ class Law:
     factor: float | None  # the loss is this many times REINFORCE at ratio 1
     entropy: float
     kl: str  # whose gradient the KL has: NOTHING, SEQUENCE, TOKEN, FORWARD, OTHER
+
+    @property
+    def held(self) -> bool:
+        """Does a KL hold the policy to the reference?"""
+        return self.kl != NOTHING
 
     @property
     def beta(self) -> float:
@@ -96,13 +100,12 @@ def predict(found: Law, game: Game, measured: Tensor) -> Prediction | None:
     by_token = found.factor is not None and game.mask.shape[1] > 1 and not same_on_all_tokens(found, game)
     if found.factor is None or (by_token and reinforce_factor(found.algorithm.loss, per_token=True) is None):
         return None
-    held = found.kl != NOTHING
-    if not held and found.entropy == 0:
+    if not found.held and found.entropy == 0:
         return Prediction("ref on the replies of the best score", tilted(ref, game.scores, 0)) \
             if found.credit.rises else None
     if found.kl == OTHER:
         return None
-    if held and in_reward(found.cfg):
+    if found.held and in_reward(found.cfg):
         return in_the_reward(found, game, ref)
     return in_the_loss(found, game, ref, measured)
 
@@ -123,7 +126,7 @@ def in_the_reward(found: Law, game: Game, ref: Tensor) -> Prediction | None:
 def in_the_loss(found: Law, game: Game, ref: Tensor, measured: Tensor) -> Prediction | None:
     """Linear advantages have a form in the scores; others one in their own mean advantage, A(pi)."""
     beta, e = (x / found.factor for x in (found.beta, found.entropy))
-    beta = 0.0 if found.kl == NOTHING else beta
+    beta = beta if found.held else 0.0
     expected, short = Expected(found.cfg, found.algorithm, game), game.mask.shape[1] == 1
     cfg = with_group(found.cfg, expected.rollouts[2])  # smaller groups than asked for
     slope = credit(cfg, found.algorithm).slope
@@ -137,7 +140,7 @@ def in_the_loss(found: Law, game: Game, ref: Tensor, measured: Tensor) -> Predic
         if e:
             return None
         return Prediction(f"beta · ref / (λ - {what}){'' if short else ', prefix by prefix'}",
-                          token_level(game, a, partial(_forward, beta=beta)))
+                          token_level(game, a, partial(forward_tilted, beta=beta)))
     if found.kl == SEQUENCE and not short:
         return None if e else Prediction(f"ref · exp({what}/beta)", tilted(ref, a, beta))
     symbols = f"ref · exp({what}/beta)" if not e else f"(ref^beta · exp({what}))^(1/(beta + c))"
@@ -147,10 +150,6 @@ def in_the_loss(found: Law, game: Game, ref: Tensor, measured: Tensor) -> Predic
 
 def with_group(cfg: Config, size: int) -> Config:
     return replace(cfg, sampling=replace(cfg.sampling, group_size=size))
-
-
-def _forward(ref: Tensor, q: Tensor, beta: float) -> Tensor:
-    return forward_tilted(ref, q, beta)
 
 
 def same_on_all_tokens(found: Law, game: Game) -> bool:

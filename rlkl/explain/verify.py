@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlkl.algorithm import Algorithm, in_reward
-from rlkl.explain.tabular import IMPOSSIBLE, Game, exact_values, multisets, policy_of, reply_logprobs, visited
+from rlkl.explain.tabular import IMPOSSIBLE, Game, exact_values, multisets, policy_of, probabilities, visited
 from rlkl.losses import token_weights
 from rlkl.rewards import token_rewards
 from rlkl.schema import Config
@@ -66,7 +66,7 @@ class Expected:
 
     def probability(self, table: Tensor) -> Tensor:
         """(R,) of each reply."""
-        return reply_logprobs(self.game, table).exp()
+        return probabilities(self.game, table)
 
     def rewards(self, old: Tensor) -> Tensor:
         """(R, T) what each token is paid; old (R, T) log-probs."""

@@ -74,14 +74,14 @@ def explain(cfg: Config, cuda: bool = False) -> Explanation:
 
 def objective(said: Explanation, found: Law) -> None:
     cfg, terms = found.cfg, ["E[score]"]
-    if cfg.kl_ref.coef > 0 and found.kl != NOTHING:
-        terms.append("{beta} · " + (IN_SYMBOLS[found.kl]))
+    if found.held:
+        terms.append("{beta} · " + IN_SYMBOLS[found.kl])
     symbols = " - ".join(terms) + (" + {entropy_bonus} · Σ_t H(pi)(s_t)" if found.entropy else "")
     numbers = {"beta": cfg.kl_ref.coef, "entropy_bonus": found.entropy}
     said.say("objective", "maximise  " + symbols, **{n: x for n, x in numbers.items() if f"{{{n}}}" in symbols})
-    held = "and stay near the frozen reference" if cfg.kl_ref.coef > 0 and found.kl != NOTHING else \
+    end = "and stay near the frozen reference" if found.held else \
         "with nothing that holds it to the reference: it drifts as long as it trains"
-    said.say("objective", f"in words  score as high as possible, {held}")
+    said.say("objective", f"in words  score as high as possible, {end}")
     for kind, spec, function in (("advantage", cfg.advantage, found.algorithm.advantage),
                                  ("loss", cfg.loss, found.algorithm.loss)):
         said.say("objective", f"{kind:9s} {spec['name']}: {escaped(summary(function.func))}")
@@ -107,7 +107,8 @@ def kl_to_reference(said: Explanation, found: Law) -> None:
                  "stability, and not only for speed", updates=updates(cfg))
     if cfg.kl_ref.target is not None:
         said.say(topic, "adaptive  after each step coef · (1 + clip(KL / {kl_target} - 1, ±0.2) · {rows} / {horizon}), "
-                 "KL in nats per reply", kl_target=cfg.kl_ref.target, horizon=cfg.kl_ref.horizon, rows=rows_of(cfg))
+                 "KL in nats per reply", kl_target=cfg.kl_ref.target, rows=cfg.sampling.rows,
+                 horizon=cfg.kl_ref.horizon)
 
 
 def trust_region(said: Explanation, cfg: Config, chosen: Algorithm) -> None:
@@ -139,15 +140,14 @@ def trust_region(said: Explanation, cfg: Config, chosen: Algorithm) -> None:
 def optimum(said: Explanation, found: Law) -> None:
     """Of a tabular policy, which can be anything: what the objective wants, before any network is asked."""
     cfg, topic = found.cfg, "optimum of a tabular policy"
-    held = cfg.kl_ref.coef > 0 and found.kl != NOTHING
     if found.factor is None or found.kl == OTHER:
         why = "at ratio 1 the loss is not REINFORCE" if found.factor is None else "the KL is none that is known"
         said.say(topic, f"no closed form is known, as {why}; --verify measures where it leads")
     elif found.entropy:
-        with_entropy(said, found, held)
-    elif not held and found.credit.rises:
+        with_entropy(said, found)
+    elif not found.held and found.credit.rises:
         said.say(topic, "all mass on the best-scored replies, shared among them as ref shares it")
-    elif not held:
+    elif not found.held:
         said.say(topic, "no closed form is known, as the best score has not the best advantage; --verify measures it")
     elif in_reward(cfg):
         said.say(topic, f"pi* ∝ ref · exp(score / {{beta}}){how_long(found)}", beta=cfg.kl_ref.coef)
@@ -162,11 +162,11 @@ def how_long(found: Law) -> str:
     return "" if all(known) else "; so for replies of one token, for longer ones no closed form is known"
 
 
-def with_entropy(said: Explanation, found: Law, held: bool) -> None:
+def with_entropy(said: Explanation, found: Law) -> None:
     topic, b, c = "optimum of a tabular policy", found.effective_beta, found.effective_entropy
     if b is None or c is None or found.kl == FORWARD:
         said.say(topic, "with the entropy bonus no closed form in the scores is known; --verify measures its end")
-    elif held:
+    elif found.held:
         said.say(topic, "pi ∝ (ref^b · exp(score))^(1/(b + c)) for replies of one token, with b = {beta_eff} and "
                  "c = {entropy_eff}", beta_eff=b, entropy_eff=c)
     else:
@@ -272,10 +272,6 @@ def summary(function: object) -> str:
 def escaped(text: object) -> str:
     """Braces doubled, for str.format."""
     return str(text).replace("{", "{{").replace("}", "}}")
-
-
-def rows_of(cfg: Config) -> int:
-    return cfg.sampling.prompts * cfg.sampling.group_size
 
 
 def on_cuda(cfg: Config) -> bool:

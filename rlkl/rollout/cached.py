@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from einops import repeat
 from torch import Tensor
 
 from rlkl.errors import UserError
-from rlkl.model import positions
+from rlkl.model import Policy, positions
 from rlkl.rollout.naive import decode
 from rlkl.rollout.sample import sampling_mode
 from rlkl.types import Batch, Sampling
-
-if TYPE_CHECKING:
-    from rlkl.model import Policy
 
 
 def cached(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, rule: Sampling) -> Batch:

@@ -10,21 +10,18 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from einops import repeat
 from torch import Tensor
 from torch.nn import functional as F
 
+from rlkl.model import Policy
 from rlkl.rollout.cached import cached
 from rlkl.rollout.one_pass import one_pass
 from rlkl.rollout.sample import cut, sampling_mode
 from rlkl.rollout.slots import Slots, Unsupported, attention_over_slots, dynamic_positions, prefill, unsupported
 from rlkl.types import Batch, Sampling
-
-if TYPE_CHECKING:
-    from rlkl.model import Policy
 
 SLOTS = {"cuda": 256}  # an H200 is bound by arithmetic from about 184 rows on
 SYNC_EVERY = {"cuda": 16}  # steps; a look at the device costs next to nothing elsewhere

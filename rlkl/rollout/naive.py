@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from einops import repeat
 from torch import Tensor
 
-from rlkl.model import positions
+from rlkl.model import Policy, positions
 from rlkl.rollout.sample import cut, pick, sampling_mode
 from rlkl.types import Batch, Sampling
-
-if TYPE_CHECKING:
-    from rlkl.model import Policy
 
 
 def naive(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, rule: Sampling) -> Batch:

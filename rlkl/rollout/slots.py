@@ -5,8 +5,9 @@ The model's own forward does the rest: `past_key_values=slots` writes, `rlkl_slo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -15,10 +16,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from rlkl.model import Policy
+from rlkl.model import Policy
 
 ATTENTION = "rlkl_slots"
 FLASH: Any = getattr(torch.ops.aten, "_flash_attention_forward", None)

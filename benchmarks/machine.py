@@ -1,0 +1,25 @@
+"""Where and by what clock a measurement is taken."""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+
+def where(*libraries: str) -> dict[str, Any]:
+    """Device, threads, and the versions of Python, torch and some more libraries."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    versions = {name: version(name) for name in ("torch", *libraries)} | {"python": platform.python_version()}
+    return {"device": device, "threads": torch.get_num_threads(), "versions": versions}
+
+
+def clock() -> float:
+    """Seconds on CUDA, CPU seconds elsewhere: those of other programs do not count."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
