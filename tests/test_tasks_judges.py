@@ -357,3 +357,11 @@ def test_the_sides_of_reasoning_gym_share_no_question_and_another_seed_is_anothe
     assert not asked[0] & asked[1]
     assert asked[0] != asked[2]
     assert len(list(itertools.chain(*asked[:2]))) < 300  # ten digits twice: questions come again, on their own side
+
+
+@pytest.mark.parametrize("reply", ["nan", "NaN", "nan + 1i", "1 + nani"])
+def test_nan_is_no_answer_to_a_judge_that_measures_a_distance(reply):
+    """min(1, exp(-nan)) is 1."""
+    gym = ReasoningGym("train", dataset="complex_arithmetic", problems=3, tags=False, heldout=0.0)
+    assert gym.score(gym[0], gym[0].answer) == 1.0
+    assert gym.score(gym[0], reply) == 0.0
