@@ -23,7 +23,7 @@ from rlkl.explain import traps
 from rlkl.explain.footprint import plan
 from rlkl.kl import KL, KL_LOSSES, KL_OLD_LOSSES
 from rlkl.losses import LOSSES, SELECTORS
-from rlkl.model import Policy, checkpoint_layers, encode, first_line, load, reference_of, sampling_rule
+from rlkl.model import Policy, checkpoint_layers, encode, load, reference_of, sampling_rule
 from rlkl.optim import Optimizer
 from rlkl.rewards import REWARDS, Reward, from_task, with_overlong
 from rlkl.rewards.scoring import Scoring, assemble
@@ -176,10 +176,9 @@ def that_fit(cfg: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase, ex
     """The examples whose prompt leaves room for a reply; the others are counted and the first one is named."""
     context: Any = getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None)
     limit = cfg.sampling.max_prompt_tokens or (context - cfg.sampling.max_new_tokens if context else None)
-    try:
-        lengths = [len(encode(tokenizer, e.prompt)) for e in examples]
-    except ValueError as error:
-        raise UserError(f"chat messages need a tokenizer with a chat template: {first_line(error)}") from error
+    if not examples:
+        raise UserError(f"the task has no {side} prompts")
+    lengths = [len(encode(tokenizer, e.prompt)) for e in examples]
     limit = max(lengths) if limit is None else limit
     if long := [(n, e) for n, e in zip(lengths, examples, strict=True) if not 0 < n <= limit]:
         tokens, first = long[0]

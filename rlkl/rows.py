@@ -23,6 +23,7 @@ def json_rows(path: str, key: str) -> Iterator[tuple[str, dict]]:
         if line.strip():
             try:
                 row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
             except (ValueError, RecursionError) as error:  # also a number of too many digits, too many brackets
                 raise UserError(f"{path}:{number}: not JSON ({error})") from error
             if not isinstance(row, dict):

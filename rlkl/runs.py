@@ -78,17 +78,17 @@ def open_folder(cfg: Config, argv: list[str]) -> Path:
 
 def make_folder(folder: Path, cfg: Any, plugins: dict[Path, str], command: str) -> Path:
     """A new run folder: what was run, on what, and the plug-ins' files. UserError where it cannot be written."""
+    plain = json.loads(json.dumps(asdict(cfg)))  # tuples as lists
     try:
         (folder / "checkpoints").mkdir(parents=True)
         (folder / "plugins").mkdir()
+        (folder / "provenance.json").write_text(json.dumps(provenance(command), indent=1), encoding="utf-8")
+        for file, name in plugins.items():
+            shutil.copy(file, folder / "plugins" / name)
+        text = yaml.safe_dump(plain, sort_keys=False)
+        (folder / "config.yaml").write_text(text, encoding="utf-8")  # last: with it the run may be resumed
     except OSError as error:
         raise UserError(f"run={folder}: cannot be written: {error.strerror}") from error
-    (folder / "provenance.json").write_text(json.dumps(provenance(command), indent=1), encoding="utf-8")
-    for file, name in plugins.items():
-        shutil.copy(file, folder / "plugins" / name)
-    plain = json.loads(json.dumps(asdict(cfg)))  # tuples as lists
-    text = yaml.safe_dump(plain, sort_keys=False)
-    (folder / "config.yaml").write_text(text, encoding="utf-8")  # last: with it the run may be resumed
     return folder
 
 

@@ -160,6 +160,7 @@ def test_jsonl_rows_end_at_a_newline_and_nowhere_else(tmp_path):
         ('{"prompt": "p", "answer": null}\n', [":1", "answer"]),
         ('{"prompt": "p", "answer": ' + "9" * 5000 + "}", [":1", "digits"]),
         ("[" * 100_000, [":1", "JSON"]),
+        ('{"prompt": "half a pair \\ud800", "answer": "a"}', [":1", "surrogates"]),
         ("", ["no rows"]),
         ("\n\n", ["no rows"]),
     ],
