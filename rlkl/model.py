@@ -276,8 +276,10 @@ def sampling_rule(policy: Policy, tokenizer: PreTrainedTokenizerBase, temperatur
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:
     """Raw text as it is, chat messages through the tokenizer's template. UserError if it has none, or refuses them."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
+    return tokenizer(prompt).input_ids if isinstance(prompt, str) else templated(tokenizer, prompt)
+
+
+def templated(tokenizer: PreTrainedTokenizerBase, prompt: list[dict]) -> list[int]:
     try:
         return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     except Exception as error:  # a template is a program, and may refuse a role, an order, a key in its own way

@@ -85,7 +85,7 @@ def load(path: str, config: str | None, split: str) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as scratch:  # the library copies what it reads: worth keeping of the hub's
             read = functools.partial(datasets.load_dataset, split=split, cache_dir=scratch if here else None)
             if file.is_dir() and one_table(file):
-                rows = datasets.load_from_disk(path).to_list()
+                rows = datasets.Dataset.load_from_disk(path).to_list()
             elif file.is_file():
                 rows = read(KINDS[file.suffix], data_files={split: str(file)}).to_list()
             else:
