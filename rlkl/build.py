@@ -183,10 +183,9 @@ def that_fit(cfg: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase, ex
     """The examples whose prompt leaves room for a reply; the others are counted and the first one is named."""
     context = context_of(policy.lm)
     limit = cfg.sampling.max_prompt_tokens or (context - cfg.sampling.max_new_tokens if context else None)
-    try:
-        lengths = [len(encode(tokenizer, e.prompt)) for e in examples]
-    except ValueError as error:
-        raise UserError(f"chat messages need a tokenizer with a chat template: {first_line(error)}") from error
+    if not examples:
+        raise UserError(f"the task has no {side} prompts")
+    lengths = [len(encode(tokenizer, e.prompt)) for e in examples]
     limit = max(lengths) if limit is None else limit
     if long := [(n, e) for n, e in zip(lengths, examples, strict=True) if not 0 < n <= limit]:
         tokens, first = long[0]

@@ -12,24 +12,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from rlkl.errors import UserError
 
 
 def save(run: Path, step: int, policy: Any, tokenizer: Any, optimizer: Any, state: dict[str, Any]) -> Path:
-    """Write what a run needs to go on after `step` steps. The folder appears only once it is complete."""
+    """Write what a run needs to go on after `step` steps. The folder appears only once it is complete.
+
+    UserError where it cannot be written: those that are there stay.
+    """
     folder = run / "checkpoints" / f"step-{step:06d}"
     if folder.exists():  # the same step is the same state
         return folder
     for stale in folder.parent.glob(".step-*"):  # left by a crash
         shutil.rmtree(stale)
     scratch = folder.with_name(f".{folder.name}")
-    policy.lm.save_pretrained(scratch)
-    tokenizer.save_pretrained(scratch)
-    if policy.critic is not None:
-        save_file(policy.critic.state_dict(), scratch / "critic.safetensors")
-    torch.save(optimizer.state_dict(), scratch / "optimizer.pt")
-    (scratch / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    os.rename(scratch, folder)
+    try:
+        policy.lm.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        if policy.critic is not None:
+            save_file(policy.critic.state_dict(), scratch / "critic.safetensors")
+        torch.save(optimizer.state_dict(), scratch / "optimizer.pt")
+        (scratch / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        os.rename(scratch, folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # on a full disk torch and safetensors have their own
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise UserError(f"the checkpoint {folder} cannot be written: {str(error).splitlines()[0]}; is the disk full?"
+                        ) from error
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -202,6 +203,8 @@ def load(
     UserError on what is missing or not supported.
     """
     hf_logging.disable_progress_bar()
+    if (name[:1] in ("/", ".") or name.count("/") > 1) and not Path(name).is_dir():  # no hub name is like that
+        raise UserError(f"model.name={name!r}: no such folder here, in {Path.cwd()}")
     base, *adapters = lora.chain_of(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -273,10 +276,16 @@ def context_of(lm: Any) -> int | None:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:
-    """Raw text as it is, chat messages through the tokenizer's template. ValueError if it has none."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    """Raw text as it is, chat messages through the tokenizer's template. UserError if it has none, or refuses them."""
+    return tokenizer(prompt).input_ids if isinstance(prompt, str) else templated(tokenizer, prompt)
+
+
+def templated(tokenizer: PreTrainedTokenizerBase, prompt: list[dict]) -> list[int]:
+    try:
+        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # a template is a program, and may refuse a role, an order, a key in its own way
+        raise UserError(f"chat messages need a tokenizer with a chat template that takes them: {first_line(error)}; "
+                        f"they were {str(prompt)[:60]}") from error
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, batch: Batch) -> list[str]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from einops import rearrange
@@ -14,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlkl.errors import UserError
+from rlkl.rows import json_rows
 
 
 @dataclass(frozen=True)
@@ -29,26 +28,6 @@ class Pair:
     def row(self) -> dict:
         row = {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
         return row | ({"truncated": self.truncated} if any(self.truncated) else {})
-
-
-def json_rows(path: str, key: str) -> Iterator[tuple[str, dict]]:
-    """("file:line", object) for each row of a JSONL file. UserError naming the line that is none."""
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"{key}={path!r}: no such file")
-    found = False
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):  # U+2028 may stand in a row
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: not a JSON object but {str(row)[:40]!r}")
-            found = True
-            yield f"{path}:{number}", row
-    if not found:
-        raise UserError(f"{key}={path!r}: the file holds no rows")
 
 
 def read_pairs(path: str) -> list[Pair]:

@@ -76,17 +76,17 @@ def make_folder(cfg: Any, name: str, command: list[str], instead: str) -> Path:
     folder, plugins = Path(cfg.run) if cfg.run != "auto" else numbered(Path("runs") / name), plugin_files(cfg)
     if folder.exists():
         raise UserError(f"run={folder}: the folder exists; a run is never overwritten: {instead}")
+    plain = json.loads(json.dumps(asdict(cfg)))  # tuples as lists
     try:
         (folder / "checkpoints").mkdir(parents=True)
         (folder / "plugins").mkdir()
+        (folder / "provenance.json").write_text(json.dumps(provenance(" ".join(command)), indent=1), encoding="utf-8")
+        for file, name in plugins.items():
+            shutil.copy(file, folder / "plugins" / name)
+        text = yaml.safe_dump(plain, sort_keys=False)
+        (folder / "config.yaml").write_text(text, encoding="utf-8")  # last: with it the run may be resumed
     except OSError as error:
         raise UserError(f"run={folder}: cannot be written: {error.strerror}") from error
-    (folder / "provenance.json").write_text(json.dumps(provenance(" ".join(command)), indent=1), encoding="utf-8")
-    for file, name in plugins.items():
-        shutil.copy(file, folder / "plugins" / name)
-    plain = json.loads(json.dumps(asdict(cfg)))  # tuples as lists
-    text = yaml.safe_dump(plain, sort_keys=False)
-    (folder / "config.yaml").write_text(text, encoding="utf-8")  # last: with it the run may be resumed
     return folder
 
 

@@ -46,10 +46,7 @@ def item_of(tokenizer: Any, prompt: str | list[dict], replies: Sequence[str],
 
     UserError where chat messages meet a tokenizer without a chat template.
     """
-    try:
-        asked = encode(tokenizer, prompt)
-    except ValueError as error:
-        raise UserError(f"chat messages need a tokenizer with a chat template: {first_line(error)}") from error
+    asked = encode(tokenizer, prompt)
     if not asked:
         raise UserError(f"the prompt {prompt!r} has no tokens: there is nothing to reply to")
     said = [tokenizer(r, add_special_tokens=False).input_ids for r in replies]

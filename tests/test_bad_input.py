@@ -53,6 +53,16 @@ def advantage_two_lines(rewards, values, mask, *, group_size):
 def advantage_shape(rewards, values, mask, *, group_size):
     return rewards.sum(1), None
 
+class Nothing:
+    def __init__(self, split):
+        pass
+
+    def __len__(self):
+        return 0
+
+    def score(self, example, reply):
+        return 0.0
+
 def loss_reduced(new, batch):
     return new.logprobs.mean(), {}
 
@@ -114,7 +124,9 @@ def refused(capsys, argv: list[str]) -> str:
         ("task=jsonl", ["jsonl", "task.path"]),
         ("task=jsonl task.path=row.jsonl", ["row.jsonl:2", "JSON"]),
         ("task.path=row.jsonl", ["addition", "'path'", "digits"]),
-        ("model.name=no/such/model", ["no/such/model"]),
+        ("model.name=no/such/model", ["no/such/model", "no such folder here"]),
+        ("model.name=../sft/model", ["../sft/model", "no such folder here"]),
+        ("task=my.py:Nothing", ["no train prompts"]),
         ("device=bogus", ["device", "'bogus'", "cpu"]),
         ("device=cpu:x", ["device", "'cpu:x'"]),
         ("optim.betas=[0.9,2]", ["optim.betas", "2"]),

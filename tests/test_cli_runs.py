@@ -1,5 +1,6 @@
 """What the commands about a run share: the run and its checkpoint are found, and mistakes end in one line."""
 
+import errno
 import json
 import shutil
 
@@ -116,3 +117,12 @@ def test_help_of_rlkl_has_one_line_for_each_command(rlkl):
     for name in cli.COMMANDS:
         (line,) = [x for x in lines if x.startswith(f"  rlkl {name} ")]
         assert len(line.split(maxsplit=2)[2]) > 20
+
+
+def test_what_the_disk_refuses_is_one_line(monkeypatch, capsys):
+    def full(argv):
+        raise OSError(errno.ENOSPC, "No space left on device", "out/metrics.tmp")
+
+    monkeypatch.setitem(cli.COMMANDS, "report", full)
+    assert cli.main(["report"]) == 2
+    assert capsys.readouterr().err == "error: out/metrics.tmp: No space left on device\n"

@@ -522,7 +522,7 @@ def test_pad_is_never_an_eos_also_where_the_tokenizer_says_so(small, pad):
 def test_encode_takes_text_as_it_is_and_messages_through_the_template():
     tokenizer = character_tokenizer()
     assert tokenizer.decode(encode(tokenizer, "7+8=\n")) == "7+8=\n"
-    with pytest.raises(ValueError, match=r"chat.template"):
+    with pytest.raises(UserError, match=r"chat.template"):
         encode(tokenizer, [{"role": "user", "content": "hi"}])
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
@@ -533,6 +533,18 @@ def test_encode_takes_text_as_it_is_and_messages_through_the_template():
     assert all(isinstance(i, int) for i in ids)
     assert tokenizer.decode(ids) == "user>hi\nbot>yo\nbot>"
     assert encode(tokenizer, "hi") == ids[5:7], "raw text does not pass through the template"
+
+
+@pytest.mark.parametrize(("template", "messages"), [
+    ("{{ raise_exception('no system role') }}", [{"role": "system", "content": "hi"}]),
+    ("{% for m in messages %}{{ m['content'] + 'x' }}{% endfor %}", [{"role": "user"}]),
+    ("{% for m in messages %}{{ m['content'] }}{% endfor %}", [{"role": "user", "content": "hi"}, 3])])
+def test_messages_that_a_template_refuses_are_a_mistake_in_words(template, messages):
+    """A template is a program: it fails in its own way, and so does the library with what are no messages."""
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=r"chat messages need .* that takes them"):
+        encode(tokenizer, messages)
 
 
 def test_decode_reads_the_sampled_tokens_only_and_leaves_special_ones_out():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -285,3 +286,19 @@ def test_wandb_goes_on_with_the_run_of_a_resumed_folder_and_with_no_other(tmp_pa
     one, two, again = (options["id"] for options in made)
     assert one == again != two
     assert {options["name"] for options in made} == {"addition-grpo-1"}
+
+
+def test_a_checkpoint_that_finds_no_room_is_one_line_and_the_last_one_stays(here, base, capsys):
+    """A limit on the size of a file stands for a full disk: a write comes back short, whoever does it."""
+    folder = run(base, "run=out", "optim.steps=1", "checkpoint.every=1")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        assert train.main([f"resume={folder}", "optim.steps=2"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error:", "Traceback"))]
+    assert len(lines) == 1, lines
+    assert "step-000002 cannot be written" in lines[0]
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-000001"]
+    resume(folder, "optim.steps=2")

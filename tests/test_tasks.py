@@ -158,6 +158,9 @@ def test_jsonl_rows_end_at_a_newline_and_nowhere_else(tmp_path):
         ('{"prompt": "", "answer": "a"}\n', [":1", "prompt"]),
         ('{"prompt": 3, "answer": "a"}\n', [":1", "prompt"]),
         ('{"prompt": "p", "answer": null}\n', [":1", "answer"]),
+        ('{"prompt": "p", "answer": ' + "9" * 5000 + "}", [":1", "digits"]),
+        ("[" * 100_000, [":1", "JSON"]),
+        ('{"prompt": "half a pair \\ud800", "answer": "a"}', [":1", "surrogates"]),
         ("", ["no rows"]),
         ("\n\n", ["no rows"]),
     ],
@@ -167,6 +170,15 @@ def test_a_malformed_row_names_its_file_and_line(tmp_path, text, words):
     with pytest.raises(UserError) as error:
         Jsonl("train", path=str(tmp_path / "d.jsonl"))
     assert [w for w in ["d.jsonl", *words] if w not in str(error.value)] == [], error.value
+
+
+def test_a_file_that_is_no_utf_8_is_refused_by_name_and_a_byte_order_mark_is_no_part_of_a_row(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes('{"prompt": "caf\xe9", "answer": "a"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"d\.jsonl.*UTF-8"):
+        Jsonl("train", path=str(path))
+    path.write_text('{"prompt": "café", "answer": "a"}', encoding="utf-8-sig")
+    assert Jsonl("train", path=str(path), heldout=0.0)[0].prompt == "café"
 
 
 def test_a_side_without_a_row_is_refused_by_name(tmp_path):

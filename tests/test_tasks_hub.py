@@ -58,6 +58,27 @@ def test_a_folder_has_its_splits(tmp_path, kind):
     assert list(contents(Hub("heldout", **options))) == [row["question"] for row in ROWS[50:]]
 
 
+def test_what_save_to_disk_left_is_cut_in_two_and_has_its_splits_if_it_was_saved_with_them(tmp_path):
+    """A Dataset without splits must not be both sides, although the task names two."""
+    import datasets
+
+    rows = datasets.Dataset.from_list([row | {"answer": f"#### {row['answer']}"} for row in ROWS])
+    rows.save_to_disk(tmp_path / "one")
+    train, heldout = (contents(GSM8K(side, path=str(tmp_path / "one"))) for side in ("train", "heldout"))
+    assert train
+    assert heldout
+    assert not set(train) & set(heldout)
+    datasets.DatasetDict(train=rows.select(range(50)), test=rows.select(range(50, 60))).save_to_disk(tmp_path / "two")
+    assert [len(GSM8K(side, path=str(tmp_path / "two"))) for side in ("train", "heldout")] == [50, 10]
+
+
+def test_the_cause_is_said_where_the_library_only_says_that_an_error_occurred(tmp_path, capfd):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "p", "answer": "a"}\n{"prompt"')
+    with pytest.raises(UserError, match="JSON parse error"):
+        Hub("train", path=str(tmp_path / "d.jsonl"))
+    assert capfd.readouterr().err == "", "one line, not two"
+
+
 def test_a_prompt_is_text_or_what_a_user_says_or_chat_messages_as_they_are(tmp_path):
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     for rows, said, wanted in (

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import random
 import re
+import resource
 import threading
 import time
 from fractions import Fraction
@@ -147,7 +148,8 @@ def deep(n=0):
     return deep(n + 1)
 
 
-HANG = {"loop": swallows, "deep": deep, "power": lambda: 99 ** 98 ** 97, "raise": lambda: 1 / 0}
+HANG = {"loop": swallows, "deep": deep, "power": lambda: 99 ** 98 ** 97, "raise": lambda: 1 / 0,
+        "memory": lambda: len(bytes(2**29)), "one long operation": lambda: (1 << 2**33).bit_length()}
 
 
 @pytest.mark.parametrize("function", HANG.values(), ids=HANG)
@@ -165,6 +167,20 @@ def test_a_judge_that_ends_is_left_alone_and_leaves_the_alarms_of_others_alone()
     assert bounded(swallows, otherwise=0, seconds=0.05) == 0
     assert signal.getsignal(signal.SIGVTALRM) == before
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+def test_a_judge_that_ends_leaves_the_run_its_memory():
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    assert bounded(lambda: len(bytes(2**29)), otherwise=0) == 0
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    assert len(bytes(2**29)) == 2**29
+
+
+def test_a_double_factorial_neither_hangs_math_nor_fills_the_memory():
+    """Where numbers are compared, mpmath wants 2 to the half of it: 4 GB and 10 seconds in one operation."""
+    start = time.thread_time()
+    assert score("x^2+1", r"\boxed{(10^{9})!!}") == 0.0
+    assert time.thread_time() - start < 1
 
 
 # countdown
@@ -341,3 +357,11 @@ def test_the_sides_of_reasoning_gym_share_no_question_and_another_seed_is_anothe
     assert not asked[0] & asked[1]
     assert asked[0] != asked[2]
     assert len(list(itertools.chain(*asked[:2]))) < 300  # ten digits twice: questions come again, on their own side
+
+
+@pytest.mark.parametrize("reply", ["nan", "NaN", "nan + 1i", "1 + nani"])
+def test_nan_is_no_answer_to_a_judge_that_measures_a_distance(reply):
+    """min(1, exp(-nan)) is 1."""
+    gym = ReasoningGym("train", dataset="complex_arithmetic", problems=3, tags=False, heldout=0.0)
+    assert gym.score(gym[0], gym[0].answer) == 1.0
+    assert gym.score(gym[0], reply) == 0.0

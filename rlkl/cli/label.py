@@ -14,10 +14,11 @@ from rlkl.cli.common import configure
 from rlkl.config import resolve
 from rlkl.errors import UserError
 from rlkl.model import Policy, decode, encode, left_pad, load, sampling_rule
-from rlkl.preferences import Pair, json_rows
+from rlkl.preferences import Pair
 from rlkl.rewards import REWARDS, Reward, from_task, judge
 from rlkl.rollout import SAMPLERS
 from rlkl.rollout.sample import draw_uniforms
+from rlkl.rows import json_rows
 from rlkl.schema_supervised import Draws, Label
 from rlkl.seeds import draw, generator
 from rlkl.supervised import collate, item_of

@@ -1,19 +1,23 @@
-"""A time limit for judges that are somebody else's code."""
+"""Limits of time and memory for judges that are somebody else's code."""
 
 from __future__ import annotations
 
 import math
+import os
+import resource
 import signal
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 TICK = 0.02  # seconds of CPU between two looks at the clock
+ROOM = 2**28  # bytes: one operation on whole numbers of that size is past every signal, and takes seconds
 
 
 class Late(BaseException):
@@ -21,10 +25,10 @@ class Late(BaseException):
 
 
 def bounded(function: Callable[..., T], *args: object, otherwise: T, seconds: float = 0.3) -> T:
-    """function(*args), or `otherwise` where it raises or takes more than so many seconds of CPU.
+    """function(*args), or `otherwise` where it raises, or takes more than so many seconds of CPU or ROOM.
 
     The clock is that of the thread: a busy machine changes no score. A signal looks at it, and only a main thread gets
-    signals (the training loop and the workers of a process pool are one each); elsewhere there is no limit.
+    signals (the training loop and the workers of a process pool are one each); elsewhere there is neither limit.
     """
     end = [time.thread_time() + seconds]
 
@@ -40,7 +44,7 @@ def bounded(function: Callable[..., T], *args: object, otherwise: T, seconds: fl
     before = signal.signal(signal.SIGVTALRM, look) if ticks else None
     others, sys.unraisablehook = sys.unraisablehook, ignored
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), frugal(ROOM) if ticks else nullcontext():
             warnings.simplefilter("ignore")
             if ticks:
                 signal.setitimer(signal.ITIMER_VIRTUAL, TICK, TICK)
@@ -55,3 +59,17 @@ def bounded(function: Callable[..., T], *args: object, otherwise: T, seconds: fl
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             signal.signal(signal.SIGVTALRM, before)
         sys.unraisablehook = others
+
+
+@contextmanager
+def frugal(room: int) -> Iterator[None]:
+    """No more than so many bytes more than now: a hog gets a MemoryError, and does not end the run. Linux only."""
+    before, most = resource.getrlimit(resource.RLIMIT_DATA)
+    if os.path.exists("/proc/self/statm"):
+        with open("/proc/self/statm") as file:
+            limit = int(file.read().split()[5]) * resource.getpagesize() + room
+        resource.setrlimit(resource.RLIMIT_DATA, (limit if before < 0 else min(limit, before), most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (before, most))

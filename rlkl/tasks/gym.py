@@ -24,6 +24,7 @@ from rlkl.types import Example
 PROMPT = "{question}\nThink step by step, then write the answer alone between <answer> and </answer>."
 LONGEST = 2000  # characters of an answer
 EVALUATES = re.compile(r"\beval\(|\bexec\(|sympify|import parse_expr|\w\.parse_expr\(|\.score_answer\(")
+NAN = re.compile(r"\bnan[ij]?\b", re.IGNORECASE)  # min(1, nan) is 1: full marks from a judge that measures a distance
 FUNCTIONS = {"sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh", "exp", "log",
              "ln", "sqrt", "Abs"}
 ARITHMETIC = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Constant, ast.Name, ast.Call, ast.Tuple, ast.operator,
@@ -51,6 +52,8 @@ class ReasoningGym(Listed):
         """What the dataset's own judge says, mostly from 0 to 1; 0 without an answer, or if it does not survive it."""
         said = tagged(reply) if self.tags else reply.strip()
         if not said or len(said) > LONGEST or (self.evaluates and not harmless(said)):
+            return 0.0
+        if NAN.search(said) and not NAN.search(example.answer):
             return 0.0
         found = bounded(lambda: float(self.dataset.score_answer(said, copy.deepcopy(example.info["entry"]))),
                         otherwise=0.0)

@@ -49,7 +49,7 @@ def side(split: str, path: str, config: str | None, splits: tuple[str, str | Non
          ) -> list[dict[str, Any]]:
     """The rows of one side: a split of its own for each, or one that is cut by a hash of the column `key`."""
     train_split, heldout_split = splits
-    if heldout_split is not None and not Path(path).is_file():
+    if heldout_split is not None and not one_table(Path(path)):
         return load(path, config, train_split if split == "train" else heldout_split)
     rows = load(path, config, train_split)
     require(rows, (key,), path)
@@ -57,6 +57,11 @@ def side(split: str, path: str, config: str | None, splits: tuple[str, str | Non
     if not rows:
         raise UserError(f"task.path={path!r}: no row falls on the {split} side with task.heldout={heldout}")
     return rows
+
+
+def one_table(path: Path) -> bool:
+    """Has it no splits: a file, or what a Dataset's save_to_disk left?"""
+    return path.is_file() or (path / "state.json").is_file()
 
 
 def text_or_chat(x: Any) -> str | list[dict]:
@@ -75,16 +80,19 @@ def load(path: str, config: str | None, split: str) -> list[dict[str, Any]]:
     if file.is_file() and file.suffix not in KINDS:
         raise UserError(f"task.path={path!r}: a file must be one of {', '.join(KINDS)}")
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it says of a bad file comes again, in the error
     try:
         with tempfile.TemporaryDirectory() as scratch:  # the library copies what it reads: worth keeping of the hub's
             read = functools.partial(datasets.load_dataset, split=split, cache_dir=scratch if here else None)
-            if file.is_file():
+            if file.is_dir() and one_table(file):
+                rows = datasets.Dataset.load_from_disk(path).to_list()
+            elif file.is_file():
                 rows = read(KINDS[file.suffix], data_files={split: str(file)}).to_list()
             else:
                 rows = read(path, None if here else config).to_list()
     except Exception as error:  # the hub, the disk, a parser: each fails in its own way
-        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = error.__cause__ or error  # "an error occurred" is all that some of them say
+        what = (str(why).strip() or type(why).__name__).splitlines()[0]
         subset = f" ({config})" if config else ""
         raise UserError(f"task.path={path!r}{subset}: split {split!r} cannot be read: {what}") from error
     if not rows:
