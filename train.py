@@ -20,7 +20,7 @@ from rlkl import checkpoint, hacking, kl, model, report, runs
 from rlkl.build import TABLES, Parts, build, pick_device
 from rlkl.config import options
 from rlkl.dynamic import Rollout, dynamic
-from rlkl.errors import UserError
+from rlkl.errors import UserError, of_a_file
 from rlkl.heldout import accuracy
 from rlkl.log import Meters, RunLog, read_rows
 from rlkl.losses import importance_ratio, token_weights
@@ -207,11 +207,11 @@ def train(cfg: Config, argv: list[str]) -> Path:
 
 def run(cfg: Config, argv: list[str], parts: Parts, start: Path | None) -> Path:
     """The loop, with what surrounds it."""
-    folder = runs.open_folder(cfg, argv)
     state = State(cfg.kl_ref.coef, cfg.kl_old.coef)
     if start is not None:
         state = State(**checkpoint.restore(start, parts.policy, parts.optimizer))
     say(selfcheck(cfg, parts, fresh=start is None))
+    folder = runs.open_folder(cfg, argv)
     log = RunLog(folder, asdict(cfg), wandb_mode=cfg.log.wandb, project=cfg.log.project, start=state.step)
     measure = partial(accuracy, cfg, parts)
 
@@ -276,6 +276,9 @@ def main(argv: list[str]) -> int:
         train(runs.configure(argv), argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {of_a_file(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -18,14 +18,14 @@ from rlkl import lora, tiny
 from rlkl.advantages import ADVANTAGES
 from rlkl.algorithm import algorithm, reads_old
 from rlkl.config import resolve
-from rlkl.errors import UserError, first_line
+from rlkl.errors import UserError
 from rlkl.explain import traps
 from rlkl.explain.footprint import plan
 from rlkl.kl import KL, KL_LOSSES, KL_OLD_LOSSES
 from rlkl.losses import LOSSES, SELECTORS
 from rlkl.model import Policy, checkpoint_layers, context_of, encode, load, reference_of, sampling_rule
 from rlkl.optim import Optimizer
-from rlkl.rewards import REWARDS, Reward, from_task, with_overlong
+from rlkl.rewards import REWARDS, Reward, from_task, judge, with_overlong
 from rlkl.rewards.scoring import Scoring, assemble
 from rlkl.rollout import SAMPLERS
 from rlkl.schema import Config
@@ -90,7 +90,9 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
     scoring = scoring_of(cfg, console)
     reward, solved, grade = judges(cfg, task, scoring)
     if cfg.reward:
-        reward = assemble(cfg.reward if isinstance(cfg.reward, list) else [cfg.reward], reward, scoring)
+        sections = cfg.reward if isinstance(cfg.reward, list) else [cfg.reward]
+        reward = assemble(sections, reward, scoring)
+        ask_once(sections, device)
     if cfg.overlong.buffer:
         reward = with_overlong(reward, cfg.sampling.max_new_tokens, cfg.overlong.buffer, cfg.overlong.coef)
 
@@ -122,6 +124,17 @@ def build(cfg: Config, device: torch.device, console: Console, start: Path | Non
         reads_old(cfg),
         train=that_fit(cfg, policy, tokenizer, [task[i] for i in range(len(task))], "train", console),
         heldout=heldout_of(cfg, policy, tokenizer, heldout_task, console), solved=solved, grade=grade)
+
+
+def ask_once(sections: list[dict[str, Any]], device: torch.device) -> None:
+    """Each reward of ours, about one reply: a model that one of them lacks is missed before a run is begun."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+    said = torch.ones_like(ids, dtype=torch.bool)
+    batch = Batch(ids, said, ids, said, ids.float(), ~said[:, 0])
+    for section in sections:
+        if section["name"] in REWARDS:
+            options = {key: value for key, value in section.items() if key != "weight"}
+            judge(resolve(options, REWARDS, "reward"), [Example("prompt")], ["reply"], batch)
 
 
 def scoring_of(cfg: Config, console: Console) -> Scoring:

@@ -8,3 +8,8 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """What another library's exception says, fit to be quoted in a line of ours."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def of_a_file(error: OSError) -> str:
+    """What is wrong with a file or a disk: it is full, or may not be written."""
+    return f"{error.filename or 'a file'}: {error.strerror or error}"

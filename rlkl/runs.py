@@ -28,7 +28,10 @@ def configure(argv: list[str]) -> Config:
     """The config of the command line; with resume=FOLDER that of the run, which only steps and logging may change."""
     folders = [arg.removeprefix("resume=") for arg in argv if arg.startswith("resume=")]
     if not folders:
-        return config.load(argv)
+        cfg = config.load(argv)
+        if cfg.run != "auto":
+            check_new(Path(cfg.run), f"resume={cfg.run} continues it")
+        return cfg
     saved = config.read_yaml(Path(folders[-1]) / "config.yaml")
     cfg = config.load(argv, saved)
     for key, (was, now) in differing(config.build(saved), cfg).items():
@@ -74,8 +77,7 @@ def make_folder(cfg: Any, name: str, command: list[str], instead: str) -> Path:
     UserError where it exists, with what to do `instead`, and where it cannot be written.
     """
     folder, plugins = Path(cfg.run) if cfg.run != "auto" else numbered(Path("runs") / name), plugin_files(cfg)
-    if folder.exists():
-        raise UserError(f"run={folder}: the folder exists; a run is never overwritten: {instead}")
+    check_new(folder, instead)
     plain = json.loads(json.dumps(asdict(cfg)))  # tuples as lists
     try:
         (folder / "checkpoints").mkdir(parents=True)
@@ -88,6 +90,11 @@ def make_folder(cfg: Any, name: str, command: list[str], instead: str) -> Path:
     except OSError as error:
         raise UserError(f"run={folder}: cannot be written: {error.strerror}") from error
     return folder
+
+
+def check_new(folder: Path, instead: str) -> None:
+    if folder.exists():
+        raise UserError(f"run={folder}: the folder exists; a run is never overwritten: {instead}")
 
 
 def plugin_files(cfg: Any) -> dict[Path, str]:

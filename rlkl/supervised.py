@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlkl.errors import UserError, first_line
+from rlkl.errors import UserError
 from rlkl.log import RunLog
 from rlkl.model import encode, left_pad
 from rlkl.optim import Optimizer, lr_scale

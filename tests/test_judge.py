@@ -107,3 +107,18 @@ def test_a_run_of_train_py_learns_from_the_judge(here, base):
     rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     assert -2.01 < rows[0]["reward"] < 0
     assert sum(r["reward"] for r in rows[-5:]) / 5 > rows[0]["reward"] + 1.5
+
+
+@pytest.mark.parametrize(("reward", "said"), [
+    (["reward=reward_model", "reward.path=not-there"], "reward.path='not-there'"),
+    (["reward=judge", "reward.path=not-there", "reward.principle=P"], "reward.path='not-there'"),
+    (["reward=judge", "reward.path=judge", "reward.principle=P", 'reward.template="{answer}"'], "reward.template"),
+])
+def test_a_reward_that_cannot_work_is_told_before_anything_is_evaluated_or_written(here, base, capsys, reward, said):
+    judge_of(here / "judge")
+    assert train.main([f"model.name={base}", "task=jsonl", "task.path=prompts.jsonl", *reward, "run=out"]) == 2
+    out, error = capsys.readouterr()
+    assert error.startswith("error: ")
+    assert said in error
+    assert "held out" not in out
+    assert not (here / "out").exists()

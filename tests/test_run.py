@@ -1,5 +1,6 @@
 """A whole run: what it leaves behind, how it stops, and that it goes on as if it had not stopped."""
 
+import errno
 import json
 import os
 import resource
@@ -17,7 +18,7 @@ from runs_fixture import PPO, ROOT, arguments, differences, furnish, resume, row
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from rlkl import checkpoint
+from rlkl import checkpoint, cli
 from rlkl.log import RunLog
 
 pytest_plugins = ("runs_fixture",)
@@ -286,6 +287,26 @@ def test_wandb_goes_on_with_the_run_of_a_resumed_folder_and_with_no_other(tmp_pa
     one, two, again = (options["id"] for options in made)
     assert one == again != two
     assert {options["name"] for options in made} == {"addition-grpo-1"}
+
+
+def test_a_folder_that_is_there_is_refused_before_a_model_is_looked_for(here, base, capsys):
+    (here / "out").mkdir()
+    assert train.main(["run=out", "model.name=not-there"]) == 2
+    assert "run=out: the folder exists" in capsys.readouterr().err
+    assert cli.main(["sft", "run=out", "model.name=not-there", "task=addition"]) == 2
+    assert "run=out: the folder exists" in capsys.readouterr().err
+
+
+def test_a_log_that_finds_no_room_is_one_line_and_the_checkpoint_stays(here, base, capsys, monkeypatch):
+    folder = run(base, "run=out", "optim.steps=1", "checkpoint.every=1")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "out/metrics.jsonl")
+
+    monkeypatch.setattr(RunLog, "write", full)
+    assert train.main([f"resume={folder}", "optim.steps=2"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: out/metrics.jsonl: No space left on device"
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-000001"]
 
 
 def test_a_checkpoint_that_finds_no_room_is_one_line_and_the_last_one_stays(here, base, capsys):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from rlkl.cli import chat, dpo, evaluate, explain, export, label, report, reward_model, sft
-from rlkl.errors import UserError
+from rlkl.errors import UserError, of_a_file
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "explain": explain.main, "sft": sft.main, "label": label.main, "reward-model": reward_model.main, "dpo": dpo.main,
@@ -27,8 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {error.filename or argv[0]}: {error.strerror or error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {of_a_file(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -13,6 +13,7 @@ from rlkl.schema_supervised import Supervised
 from rlkl.terminal import before_and_after, say, usage
 
 S = TypeVar("S")
+TAKEN = "choose another, or delete it"
 
 
 def configure(argv: list[str], schema: type[S], command: str, doc: str) -> S | None:
@@ -20,12 +21,15 @@ def configure(argv: list[str], schema: type[S], command: str, doc: str) -> S | N
     if {"-h", "--help"} & set(argv):
         usage(doc, config.options(TABLES, schema), f"rlkl {command}")
         return None
-    return config.load(argv, schema=schema)
+    cfg = config.load(argv, schema=schema)
+    if getattr(cfg, "run", "auto") != "auto":
+        runs.check_new(Path(cfg.run), TAKEN)
+    return cfg
 
 
 def new_run(cfg: Supervised, command: str, argv: list[str]) -> Path:
     """The folder of a run of this command. UserError where it exists."""
-    return runs.make_folder(cfg, command, ["rlkl", command, *argv], "choose another, or delete it")
+    return runs.make_folder(cfg, command, ["rlkl", command, *argv], TAKEN)
 
 
 def open_log(cfg: Supervised, folder: Path) -> RunLog:
