@@ -290,8 +290,7 @@ def templated(tokenizer: PreTrainedTokenizerBase, prompt: list[dict]) -> list[in
 
 def decode(tokenizer: PreTrainedTokenizerBase, batch: Batch) -> list[str]:
     """B replies as text, special tokens left out."""
-    rows = zip(batch.response_ids.cpu(), batch.mask.cpu(), strict=True)
-    return [tokenizer.decode(ids[sampled], skip_special_tokens=True) for ids, sampled in rows]
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in batch.replies()]
 
 
 def left_pad(prompts: list[list[int]], pad_id: int, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:

@@ -125,6 +125,10 @@ class Batch:
         """(B, T) bool: every column up to a row's last sampled token is context; what lies behind is padding."""
         return self.mask.flip(1).cummax(1).values.flip(1)
 
+    def replies(self) -> list[list[int]]:
+        """The ids of each reply, without padding."""
+        return [ids[said].tolist() for ids, said in zip(self.response_ids.cpu(), self.mask.cpu(), strict=True)]
+
     def shuffle(self, generator: torch.Generator) -> Batch:
         """The rows in a random order."""
         return self[torch.randperm(len(self), generator=generator).to(self.mask.device)]

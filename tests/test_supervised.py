@@ -67,8 +67,7 @@ def refused(capsys, *argv) -> str:
 def test_a_finished_reply_ends_with_the_eos_as_an_action_and_a_truncated_one_does_not():
     item = item_of(TOKENIZER, "ab", ["cd", "e"], [False, True])
     batch = collate([item], TOKENIZER.pad_token_id)
-    said = [ids[mask].tolist() for ids, mask in zip(batch.response_ids, batch.mask, strict=True)]
-    assert said == [[*TOKENIZER("cd").input_ids, TOKENIZER.eos_token_id], TOKENIZER("e").input_ids]
+    assert batch.replies() == [[*TOKENIZER("cd").input_ids, TOKENIZER.eos_token_id], TOKENIZER("e").input_ids]
 
 
 def test_a_batch_is_padded_on_the_left_of_prompts_and_on_the_right_of_replies():

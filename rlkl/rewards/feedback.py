@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlkl.errors import UserError
-from rlkl.model import Policy, encode, left_pad, load
+from rlkl.model import Policy, context_of, encode, left_pad, load
 from rlkl.types import Batch, Example
 
 QUESTION = """Principle: {principle}
@@ -42,7 +42,7 @@ def principle_judge(examples: Sequence[Example], replies: Sequence[str], batch: 
     policy, tokenizer = loaded(path, batch.mask.device)
     yes, no = answers(tokenizer)
     rows = [question(tokenizer, template, principle, e.prompt, r) for e, r in zip(examples, replies, strict=True)]
-    context = getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(policy.lm)
     logprobs = next_logprobs(policy, [r[1 - context :] if context else r for r in rows], micro_tokens)
     return logprobs[:, yes].logsumexp(1) - logprobs[:, no].logsumexp(1), {}
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from rlkl.errors import UserError
-from rlkl.model import encode, first_line
+from rlkl.errors import UserError, first_line
+from rlkl.model import context_of, encode
 from rlkl.types import Batch, Example
 
 
@@ -32,7 +32,7 @@ class RewardModel(nn.Module):
 
     @property
     def context(self) -> int | None:
-        return getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
+        return context_of(self.lm)
 
     def forward(self, rows: Sequence[list[int]]) -> Tensor:
         lengths = torch.tensor([len(r) for r in rows], device=self.lm.device)
@@ -159,8 +159,7 @@ def reward_model(examples: Sequence[Example], replies: Sequence[str], batch: Bat
     label: the one whose log-odds are the score, where the classifier tells several apart.
     """
     model = loaded(path, label, batch.mask.device)
-    sampled = [ids[mask].tolist() for ids, mask in zip(batch.response_ids.cpu(), batch.mask.cpu(), strict=True)]
-    rows = zip(examples, replies, sampled, (~batch.truncated).tolist(), strict=True)
+    rows = zip(examples, replies, batch.replies(), (~batch.truncated).tolist(), strict=True)
     scores = model.score([model.read(e.prompt, r, done, ids) for e, r, ids, done in rows], micro_tokens)
     mean, std = (getattr(model.lm.config, f"reward_{x}", None) for x in ("mean", "std"))
     return ((scores - mean) / std if normalise and mean is not None and std else scores), {}

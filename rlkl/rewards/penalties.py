@@ -23,7 +23,6 @@ def repetition(examples: Sequence[Example], replies: Sequence[str], batch: Batch
     """
     if n < 1:
         raise ValueError(f"reward.n={n}: an n-gram has at least one token")
-    tokens = [ids[m].tolist() for ids, m in zip(batch.response_ids.cpu(), batch.mask.cpu(), strict=True)]
-    grams = [list(zip(*(reply[i:] for i in range(n)), strict=False)) for reply in tokens]
+    grams = [list(zip(*(reply[i:] for i in range(n)), strict=False)) for reply in batch.replies()]
     repeated = [1 - len(set(g)) / len(g) if g else 0.0 for g in grams]
     return -coef * torch.tensor(repeated, device=batch.mask.device), {}

@@ -64,8 +64,8 @@ class Scoring:
 
         def reward(examples: Sequence[Example], replies: Sequence[str], batch: Batch
                    ) -> tuple[list[float | None], dict[str, Tensor]]:
-            ids = [ids[m].tolist() for ids, m in zip(batch.response_ids.cpu(), batch.mask.cpu(), strict=True)]
-            return summed(self.values(index, [Row(*x) for x in zip(examples, replies, ids, strict=True)]), self.failed)
+            rows = [Row(*x) for x in zip(examples, replies, batch.replies(), strict=True)]
+            return summed(self.values(index, rows), self.failed)
 
         return reward
 

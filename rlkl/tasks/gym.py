@@ -13,7 +13,7 @@ import math
 import re
 from typing import Any
 
-from rlkl.errors import UserError
+from rlkl.errors import UserError, first_line
 from rlkl.tasks.bounded import bounded
 from rlkl.tasks.extract import tagged
 from rlkl.tasks.hub import message
@@ -85,8 +85,7 @@ def create(name: str, options: dict[str, Any], seed: int, size: int) -> tuple[An
         dataset = create_dataset(name, seed=seed, size=size, **options)
         return dataset, [dataset[i] for i in range(size)]
     except Exception as error:  # a hundred generators, each with limits of its own
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"task.options={options}: {name} refuses them: {why}") from error
+        raise UserError(f"task.options={options}: {name} refuses them: {first_line(error)}") from error
 
 
 def evaluates(dataset: Any) -> bool:

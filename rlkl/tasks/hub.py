@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlkl.errors import UserError
+from rlkl.errors import UserError, first_line
 from rlkl.tasks.jsonl import Jsonl, bucket
 from rlkl.tasks.listed import Listed
 from rlkl.types import Example
@@ -92,9 +92,8 @@ def load(path: str, config: str | None, split: str) -> list[dict[str, Any]]:
                 rows = read(path, None if here else config).to_list()
     except Exception as error:  # the hub, the disk, a parser: each fails in its own way
         why = error.__cause__ or error  # "an error occurred" is all that some of them say
-        what = (str(why).strip() or type(why).__name__).splitlines()[0]
         subset = f" ({config})" if config else ""
-        raise UserError(f"task.path={path!r}{subset}: split {split!r} cannot be read: {what}") from error
+        raise UserError(f"task.path={path!r}{subset}: split {split!r} cannot be read: {first_line(why)}") from error
     if not rows:
         raise UserError(f"task.path={path!r}: split {split!r} holds no rows")
     return rows
