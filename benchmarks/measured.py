@@ -34,13 +34,14 @@ NOT_WHOLE = ("scratch-sft", "scratch-countdown")  # for a GPU as they stand
 
 
 class Row(NamedTuple):
-    """A run: its CPU seconds, before and after by name, and what the meter of reward hacking said."""
+    """A run: its CPU seconds, before and after by name, what the meter of reward hacking said."""
 
     config: str
     overrides: list[str]
     seconds: float
     found: dict[str, list[float]]
     hacking: str | None
+    git: str  # the revision it was made at
 
 
 def chosen() -> list[Example]:
@@ -58,7 +59,7 @@ def run(example: Example, folder: Path) -> Row:
         sys.exit(f"error: {example.config} {' '.join(example.overrides)}: {reason(done)}")
     warned = re.search(r"reward hacking\? (.*?): +docs/hacking\.md", " ".join(done.stdout.split()))
     return Row(example.config, list(example.overrides), round(seconds, 1), found or {example.shown: one},
-               warned[1] if warned else None)
+               warned[1] if warned else None, runs.git("rev-parse", "HEAD") or "")
 
 
 # The tables
@@ -134,13 +135,13 @@ def write(where: dict, rows: list[Row]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="PATTERN", default="", help="a regular expression")
-    options, rows = parser.parse_args(argv), read()[1]
+    options, rows, where = parser.parse_args(argv), read()[1], runs.provenance("make measure")
     with tempfile.TemporaryDirectory() as folder:
         for example in chosen():
             if re.search(options.only, " ".join([example.config, *example.overrides])):
                 new = run(example, Path(folder))
                 rows = [r for r in rows if not same(r, example)] + [new]
-                write(runs.provenance("make measure"), rows)
+                write(where, rows)
                 console.print(new.config, *new.overrides, duration(new.seconds), new.found, soft_wrap=True)
     if missing := [" ".join([e.config, *e.overrides]) for e in chosen() if not any(same(r, e) for r in rows)]:
         sys.exit(f"the pages are as they were: {', '.join(missing)} not yet run")

@@ -55,7 +55,7 @@ def test_a_run_is_a_row_with_what_it_printed_and_a_failed_one_ends_it_all(base, 
 def test_a_part_of_the_runs_is_kept_and_fills_no_page(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(measured, "RESULTS", tmp_path / "examples.json")
     monkeypatch.setattr(measured, "fill", lambda *_: pytest.fail("filled"))
-    monkeypatch.setattr(measured, "run", lambda e, _: Row(e.config, [*e.overrides], 2.0, {"accuracy": [0, 1]}, None))
+    monkeypatch.setattr(measured, "run", lambda e, _: Row(e.config, [*e.overrides], 2.0, {"loss": [1, 0]}, None, ""))
     for only in ("tiny-ppo|tiny-lora$", "tiny-lora$"):
         with pytest.raises(SystemExit, match="the pages are as they were: tiny-grpo, "):
             measured.main(["--only", only])
