@@ -5,6 +5,10 @@ class UserError(Exception):
     """A mistake in a config, a file or a plug-in. The message names the key, the value and the valid choices."""
 
 
+class ChatError(UserError, ValueError):
+    """Chat messages that no template of the tokenizer takes."""
+
+
 def first_line(error: BaseException) -> str:
     """What another library's exception says, fit to be quoted in a line of ours."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
 from rlkl import lora
-from rlkl.errors import UserError, first_line
+from rlkl.errors import ChatError, UserError, first_line
 from rlkl.logprobs import Backend, head_logits, token_logprobs
 from rlkl.types import Batch, Evaluation, Head, Sampling
 
@@ -213,9 +213,8 @@ def load(
         for folder in adapters:
             lm = lora.merged(lm, folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"model.name={name!r}: not a causal LM with a tokenizer, as a directory or a hub name: {first_line(error)}"
-        ) from error
+        raise UserError(f"model.name={name!r}: not a causal LM with a tokenizer, as a directory or a hub name: "
+                        f"{first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.name={name!r}: its tokenizer has no EOS token, so no reply could ever end; set eos_token")
@@ -276,7 +275,7 @@ def context_of(lm: Any) -> int | None:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:
-    """Raw text as it is, chat messages through the tokenizer's template. UserError if it has none, or refuses them."""
+    """Raw text as it is, chat messages through the tokenizer's template. ChatError if it has none, or refuses them."""
     return tokenizer(prompt).input_ids if isinstance(prompt, str) else templated(tokenizer, prompt)
 
 
@@ -284,13 +283,14 @@ def templated(tokenizer: PreTrainedTokenizerBase, prompt: list[dict]) -> list[in
     try:
         return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     except Exception as error:  # a template is a program, and may refuse a role, an order, a key in its own way
-        raise UserError(f"chat messages need a tokenizer with a chat template that takes them: {first_line(error)}; "
+        raise ChatError(f"chat messages need a tokenizer with a chat template that takes them: {first_line(error)}; "
                         f"they were {str(prompt)[:60]}") from error
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, batch: Batch) -> list[str]:
     """B replies as text, special tokens left out."""
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in batch.replies()]
+    rows = zip(batch.response_ids.cpu(), batch.mask.cpu(), strict=True)
+    return [tokenizer.decode(ids[sampled], skip_special_tokens=True) for ids, sampled in rows]
 
 
 def left_pad(prompts: list[list[int]], pad_id: int, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:

@@ -522,7 +522,7 @@ def test_pad_is_never_an_eos_also_where_the_tokenizer_says_so(small, pad):
 def test_encode_takes_text_as_it_is_and_messages_through_the_template():
     tokenizer = character_tokenizer()
     assert tokenizer.decode(encode(tokenizer, "7+8=\n")) == "7+8=\n"
-    with pytest.raises(UserError, match=r"chat.template"):
+    with pytest.raises(ValueError, match=r"chat.template"):
         encode(tokenizer, [{"role": "user", "content": "hi"}])
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
