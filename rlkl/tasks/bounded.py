@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import resource
 import signal
 import sys
 import threading
@@ -64,11 +62,15 @@ def bounded(function: Callable[..., T], *args: object, otherwise: T, seconds: fl
 @contextmanager
 def frugal(room: int) -> Iterator[None]:
     """No more than so many bytes more than now: a hog gets a MemoryError, and does not end the run. Linux only."""
+    if sys.platform != "linux":
+        yield
+        return
+    import resource  # Windows has none
+
     before, most = resource.getrlimit(resource.RLIMIT_DATA)
-    if os.path.exists("/proc/self/statm"):
-        with open("/proc/self/statm") as file:
-            limit = int(file.read().split()[5]) * resource.getpagesize() + room
-        resource.setrlimit(resource.RLIMIT_DATA, (limit if before < 0 else min(limit, before), most))
+    with open("/proc/self/statm") as file:
+        limit = int(file.read().split()[5]) * resource.getpagesize() + room
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if before < 0 else min(limit, before), most))
     try:
         yield
     finally:
