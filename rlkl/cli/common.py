@@ -22,8 +22,8 @@ def configure(argv: list[str], schema: type[S], command: str, doc: str) -> S | N
         usage(doc, config.options(TABLES, schema), f"rlkl {command}")
         return None
     cfg = config.load(argv, schema=schema)
-    if getattr(cfg, "run", "auto") != "auto":
-        runs.check_new(Path(cfg.run), TAKEN)
+    if (run := getattr(cfg, "run", "auto")) != "auto":
+        runs.check_new(Path(run), TAKEN)
     return cfg
 
 
