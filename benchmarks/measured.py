@@ -26,6 +26,7 @@ PAGES = [ROOT / "docs" / f"{name}.md" for name in ("examples", "preferences", "m
 HACKED = ("kl_ref.coef=0", "optim.lr=1e-3", "optim.steps=80", "optim.schedule=constant", "eval.every=5")
 GREEDY_DPO = ("beta=0.1", "optim.lr=3e-4", "optim.epochs=2", "run=runs/tiny-rlhf/dpo-far")
 MORE = (  # the first evaluation of a run is that of the model it starts from: so a model of dpo is graded
+    ("tiny-grpo", ("run=runs/grpo", "optim.steps=100")), ("tiny-lora", ("run=runs/lora", "optim.steps=40")),
     ("tiny-lora", ("seed=1",)), ("tiny-lora", ("optim.lr=1e-3",)), ("tiny-lora", ("lora.full=[]",)),
     ("tiny-rlhf-grpo", HACKED), ("tiny-dpo", GREEDY_DPO),
     ("tiny-rlhf-grpo", ("model.name=runs/tiny-rlhf/dpo/model", "optim.steps=1")),

@@ -97,6 +97,15 @@ def test_the_page_of_preferences_quotes_a_dpo_that_went_too_far():
             f"(gold {graded.found['gold'][0]:.2f})") in page("preferences")
 
 
+def test_the_page_of_commands_shows_the_two_runs_that_it_names():
+    text = page("commands")
+    for name, *overrides in (("tiny-grpo", "run=runs/grpo", "optim.steps=100"),
+                             ("tiny-lora", "run=runs/lora", "optim.steps=40")):
+        assert f"python train.py configs/{name}.yaml {' '.join(overrides)} " in text
+        for before, after in row(ROWS, name, *overrides).found.values():
+            assert f"{before:.3f} → {after:.3f}" in text
+
+
 def test_the_page_of_models_counts_the_parameters_of_the_tiny_model():
     lm = LlamaForCausalLM(architecture(character_tokenizer()))
     every = sum(p.numel() for p in lm.parameters())
