@@ -409,6 +409,15 @@ def test_a_stop_string_ends_a_reply_where_it_is_complete(sampler):
     assert (policy.evaluate(found).logprobs - found.sampler_logprobs)[found.mask].abs().max() < 1e-5
 
 
+def test_what_is_asked_whether_to_stop_is_the_reply_so_far_without_what_may_follow():
+    policy, (ids, mask, u) = tiny_policy("llama"), many()
+    whole, asked = naive(policy, ids, mask, u, rule()), []
+    engine(policy, ids, mask, u, rule(stop=lambda ids: asked.append(ids) or len(ids) >= 4), slots=4, sync_every=1)
+    starts = {tuple(reply[:n]) for reply in replies(whole) for n in range(len(reply) + 1)}
+    assert len(asked) > 36
+    assert {*map(tuple, asked)} <= starts
+
+
 def test_a_stop_string_frees_its_slot():
     policy, (ids, mask, u) = tiny_policy("llama"), many()
     for stop, most in ((None, None), (lambda ids: len(ids) >= 2, 36 * (2 + 3))):

@@ -150,11 +150,12 @@ def workers(folder: Path) -> list[int]:
 
 
 RUN = '''
-import sys, time
+import signal, sys
 from rlkl.rewards.scoring import Scoring
 from rlkl.rewards.text import Row
 from rlkl.types import Example
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell has none
     with Scoring(2, 30.0, failed=0.0, memory_gb=4.0, steps=1, say=print) as scoring:
         scoring.reward({"name": "mine.py:f"})
         rows = [Row(Example("p"), str(i)) for i in range(8)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 from pebble import ProcessExpired, ProcessPool
 
 from rlkl.errors import UserError
+from rlkl.limits import limit_memory
 
 GRACE = 30  # seconds after which a worker that nobody ended ends itself: its run was killed
 
@@ -91,16 +91,9 @@ def fork_server() -> Any:
 
 
 def started(begin: Callable[[], None], memory: int) -> None:
-    """In a worker: `begin`, and from then on no more than so many bytes more.
-
-    A hog gets a MemoryError, and does not end the machine. Linux only.
-    """
+    """In a worker: `begin`, and from then on no more than so many bytes more."""
     begin()
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    if os.path.exists("/proc/self/statm"):
-        with open("/proc/self/statm") as file:
-            memory += int(file.read().split()[5]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, most))
+    limit_memory(memory)
 
 
 def guarded(seconds: float, function: Callable[..., Any], *call: Any) -> Any:

@@ -8,10 +8,11 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
+
+from rlkl.limits import limit_memory
 
 T = TypeVar("T")
 TICK = 0.02  # seconds of CPU between two looks at the clock
@@ -42,14 +43,17 @@ def bounded(function: Callable[..., T], *args: object, otherwise: T, seconds: fl
     before = signal.signal(signal.SIGVTALRM, look) if ticks else None
     others, sys.unraisablehook = sys.unraisablehook, ignored
     try:
-        with warnings.catch_warnings(), frugal(ROOM) if ticks else nullcontext():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            lift = limit_memory(ROOM) if ticks else None
             if ticks:
                 signal.setitimer(signal.ITIMER_VIRTUAL, TICK, TICK)
             try:
                 return function(*args)
             finally:
                 end[0] = math.inf  # a tick that comes in the cleaning up is too late to raise
+                if lift:
+                    lift()
     except (Exception, Late):  # a recursion, memory, a parser: anything may come out of a text that a policy wrote
         return otherwise
     finally:
@@ -57,21 +61,3 @@ def bounded(function: Callable[..., T], *args: object, otherwise: T, seconds: fl
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             signal.signal(signal.SIGVTALRM, before)
         sys.unraisablehook = others
-
-
-@contextmanager
-def frugal(room: int) -> Iterator[None]:
-    """No more than so many bytes more than now: a hog gets a MemoryError, and does not end the run. Linux only."""
-    if sys.platform != "linux":
-        yield
-        return
-    import resource  # Windows has none
-
-    before, most = resource.getrlimit(resource.RLIMIT_DATA)
-    with open("/proc/self/statm") as file:
-        limit = int(file.read().split()[5]) * resource.getpagesize() + room
-    resource.setrlimit(resource.RLIMIT_DATA, (limit if before < 0 else min(limit, before), most))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (before, most))
