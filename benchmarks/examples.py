@@ -39,13 +39,13 @@ SMALL = (*EASY, "scratch.layers=4", "scratch.hidden=128", "scratch.heads=2", "op
 SMALL_RL = (*EASY, "sampling.prompts=64", "sampling.max_new_tokens=8", "optim.steps=40", "optim.lr=3e-4",
             "optim.minibatch=128", "eval.prompts=300", "eval.samples=4")
 EXAMPLES = (
-    Example("tiny-grpo", "accuracy", 0.3, ("optim.steps=90",)),
+    Example("tiny-grpo", "accuracy", 0.3, ("optim.steps=50", "eval.prompts=200")),
     Example("tiny-ppo", "accuracy", 0.2, ("optim.steps=100",)),
     Example("tiny-dapo", "accuracy", 0.2, ("optim.steps=100",)),
     Example("tiny-rloo", "accuracy", 0.2, ("optim.steps=70",)),
     Example("tiny-lora", "accuracy", 0.1, ("optim.steps=60",)),
     Example("tiny-countdown", "accuracy", 0.2, ("optim.steps=60",)),
-    Example("tiny-gym", "accuracy", 0.1, ("optim.steps=40", "eval.prompts=200")),
+    Example("tiny-gym", "accuracy", 0.1, ("optim.steps=30", "optim.lr=6e-4", "eval.prompts=200")),
     Example("scratch-sft", "loss", -1.0, SMALL),
     Example("scratch-countdown", "accuracy", 0.05, SMALL_RL),
     Example("tiny-sft", "loss", -1.0),

@@ -3,6 +3,7 @@
 import gc
 import importlib
 import itertools
+import sys
 import logging
 import weakref
 
@@ -106,8 +107,11 @@ def test_bf16_gives_the_scorers_logprobs_to_rounding():
 # ---------------------------------------------------------------- what it costs
 
 
-def test_with_a_look_at_every_step_no_slot_works_in_vain():
-    """Refills and closed gaps: as many slot-steps as tokens, in as many steps as the longest queue of a slot needs."""
+@pytest.mark.parametrize("read", [1, 16_384])
+def test_with_a_look_at_every_step_no_slot_works_in_vain(monkeypatch, read):
+    """Refills and closed gaps: as many slot-steps as tokens, in as many steps as the longest queue of a slot needs.
+    Also where each prompt is read alone, whose rows do not fill the slots."""
+    monkeypatch.setattr(sys.modules["rlkl.rollout.engine"], "PREFILL_TOKENS", read)
     policy, (ids, mask, u) = tiny_policy("llama"), many()
     run = run_of(policy, ids, mask, u, rule(), 6)
     with torch.no_grad():
@@ -115,6 +119,17 @@ def test_with_a_look_at_every_step_no_slot_works_in_vain():
     tokens = int(run.length[:-1].sum())
     assert run.slot_steps == tokens
     assert run.steps < tokens / 6 + LONGEST
+
+
+def test_a_slot_that_is_done_waits_at_the_first_position():
+    """Where it would walk on, a step would read beyond what it was told to."""
+    policy, (ids, mask, u) = tiny_policy("llama"), many()
+    run, waited = run_of(policy, ids, mask, u, rule(), 6), []
+    run.look, look = lambda: (waited.append(run.kv.position[:6][run.row[:6] == run.idle]), look()), run.look
+    with torch.no_grad():
+        run.to_the_end(7, graphs=False, compile=False)
+    assert torch.cat(waited).numel() > 10
+    assert not torch.cat(waited).any()
 
 
 def test_rarer_looks_cost_at_most_the_interval_for_each_row():
