@@ -3,7 +3,6 @@
 import gc
 import importlib
 import itertools
-import sys
 import logging
 import weakref
 
@@ -111,7 +110,7 @@ def test_bf16_gives_the_scorers_logprobs_to_rounding():
 def test_with_a_look_at_every_step_no_slot_works_in_vain(monkeypatch, read):
     """Refills and closed gaps: as many slot-steps as tokens, in as many steps as the longest queue of a slot needs.
     Also where each prompt is read alone, whose rows do not fill the slots."""
-    monkeypatch.setattr(sys.modules["rlkl.rollout.engine"], "PREFILL_TOKENS", read)
+    monkeypatch.setattr(module, "PREFILL_TOKENS", read)
     policy, (ids, mask, u) = tiny_policy("llama"), many()
     run = run_of(policy, ids, mask, u, rule(), 6)
     with torch.no_grad():
