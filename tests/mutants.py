@@ -345,8 +345,6 @@ MUTANTS = [
     M("rlkl/rollout/slots.py", "-(-reach // STEP) * STEP", "reach // STEP * STEP", "engine",
       "the newest keys not read"),
     M("rlkl/rollout/engine.py", "(row != self.idle)", "True", "engine"),
-    M("rlkl/rollout/engine.py", "self.running[a], self.began[a] = self.running[b], self.began[b]",
-      "self.running[a] = self.running[b]", "engine"),
     M("rlkl/rollout/engine.py", "len(self.prompts[n]) - 1 for n in of", "len(self.prompts[n]) for n in of", "engine",
       "every position off by one"),
     M("rlkl/rollout/engine.py", "key=lambda n: -len(prompts[n])", "key=lambda n: n", "engine"),
