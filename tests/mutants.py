@@ -345,6 +345,7 @@ MUTANTS = [
     M("rlkl/rollout/slots.py", "-(-reach // STEP) * STEP", "reach // STEP * STEP", "engine",
       "the newest keys not read"),
     M("rlkl/rollout/engine.py", "(row != self.idle)", "True", "engine"),
+    M("rlkl/rollout/engine.py", "size = size if halves else live", "size = size", "engine"),
     M("rlkl/rollout/engine.py", "len(self.prompts[n]) - 1 for n in of", "len(self.prompts[n]) for n in of", "engine",
       "every position off by one"),
     M("rlkl/rollout/engine.py", "key=lambda n: -len(prompts[n])", "key=lambda n: n", "engine"),
