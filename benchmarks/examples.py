@@ -2,8 +2,9 @@
 
     python -m benchmarks.examples [PATTERN]     whose name contains it; the tiny-rlhf pipeline needs all its parts
 
-Seconds are those of one core (the CPU time of the run), so a busy machine changes no verdict. Exit code 1 if a run
-fails, does not improve by what is stated here, or takes more than two minutes. Some are shortened: `overrides`.
+Seconds are CPU time of one thread: other programs' does not count, but they slow it by up to a half where cores and
+caches are shared. Exit code 1 if a run fails, does not improve by what is stated here, or takes more than two minutes.
+Some are shortened: `overrides`.
 """
 
 from __future__ import annotations

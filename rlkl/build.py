@@ -26,7 +26,7 @@ from rlkl.losses import LOSSES, SELECTORS
 from rlkl.model import Policy, checkpoint_layers, context_of, encode, load, reference_of, sampling_rule
 from rlkl.optim import Optimizer
 from rlkl.rewards import REWARDS, Reward, from_task, judge, with_overlong
-from rlkl.rewards.scoring import Scoring, assemble
+from rlkl.rewards.scoring import Scoring, assemble, unweighted
 from rlkl.rollout import SAMPLERS
 from rlkl.schema import Config
 from rlkl.seeds import draw, stream
@@ -133,8 +133,7 @@ def ask_once(sections: list[dict[str, Any]], device: torch.device) -> None:
     batch = Batch(ids, said, ids, said, ids.float(), ~said[:, 0])
     for section in sections:
         if section["name"] in REWARDS:
-            options = {key: value for key, value in section.items() if key != "weight"}
-            judge(resolve(options, REWARDS, "reward"), [Example("prompt")], ["reply"], batch)
+            judge(resolve(unweighted(section), REWARDS, "reward"), [Example("prompt")], ["reply"], batch)
 
 
 def scoring_of(cfg: Config, console: Console) -> Scoring:

@@ -12,8 +12,8 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 SURE, LIKELY = 4.0, 2.0  # standard errors: to suspect, since that is asked again after every step; and to clear
-LOST = 0.25  # of its scale: what a fall loses at least. Hacked runs lost 0.24 to 0.96 of `distinct`, healthy ones 0.1
-UNLIKELY = math.log(2)  # nats: tokens half as likely to the reference. Hacked runs lost 3.6 to 7, healthy ones 0.5
+LOST = 0.25  # of its scale: what a fall loses at least. Of the question's healthy runs none lost half of it
+UNLIKELY = math.log(2)  # nats: tokens half as likely to the reference. Hacked runs lost 4 or more in the median
 WINDOW = 10  # rows at most that are "now"
 QUIET = 20  # steps without suspicion after which another one is news
 

@@ -50,7 +50,7 @@ def cached_base(progress: Callable[[float, float], None], examples: Sequence[Exa
 
 def recipe(examples: Sequence[Example]) -> str:
     """Other code or other examples: another model."""
-    code = b"".join(Path(inspect.getfile(x)).read_bytes() for x in (cached_base, architecture))
+    code = b"".join(Path(inspect.getfile(x)).read_bytes() for x in (cached_base, architecture, collate))
     return hashlib.sha256(code + repr([(e.prompt, e.solution) for e in examples]).encode()).hexdigest()[:8]
 
 

@@ -124,7 +124,7 @@ def rule(temperature: float = 1.0, **changes) -> Sampling:
 
 def replies(batch: Batch) -> list[list[int]]:
     """The sampled tokens of each row, whatever the width of the batch."""
-    return [ids[m].tolist() for ids, m in zip(batch.response_ids, batch.mask, strict=True)]
+    return batch.replies()
 
 
 def forced(rows: list[tuple[list[int], list[int]]], temperature: float = 1.0, pad: int = 0, extra=(0, 0)) -> Batch:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from random import Random
-from statistics import fmean
+from statistics import fmean, median
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from runs_fixture import ROOT, differences, resume, rows, run, timeless
 import train
 from benchmarks.question import tables
 from benchmarks.question.meter import metrics, told, verdicts
-from rlkl.hacking import QUIET, episodes, is_news, noise, suspicion
+from rlkl.hacking import LOST, QUIET, UNLIKELY, course, episodes, is_news, noise, suspicion
 from rlkl.log import read_rows
 from rlkl.metrics import distinct
 from rlkl.preflight import random_batch
@@ -73,6 +73,15 @@ def test_real_runs_whose_reward_soars_while_gold_falls_warn_and_say_what_fell(na
     assert 1 <= len(said) <= 2
     assert said[0][0] <= 30
     assert re.search(r"but (heldout/gold|ref_logprob|distinct) ", said[0][1])
+
+
+def test_the_thresholds_stand_between_the_runs_whose_gold_fell_and_those_whose_gold_rose():
+    """What hacking.py says of them where they are written down."""
+    lost = {(kind, name): [(c.best - c.now) / (c.best if name == "distinct" else 1) for key, *_ in arms
+                           for c in [course(metrics(ARMS[key]), name)]]
+            for kind, arms in verdicts(RESULTS).items() for name in ("distinct", "ref_logprob")}
+    assert max(lost["rose", "distinct"]) < LOST / 2 < LOST < median(lost["fell", "distinct"])
+    assert median(lost["rose", "ref_logprob"]) < 0.25 < UNLIKELY < 4 < median(lost["fell", "ref_logprob"])
 
 
 def test_what_the_page_says_of_the_suspicions_that_were_wrong():

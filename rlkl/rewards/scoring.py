@@ -109,11 +109,16 @@ def summed(values: Sequence[Value], failed: float) -> tuple[list[float | None], 
     return scores, (parts if len(parts) > 1 else {}) | {"failed": broken}
 
 
+def unweighted(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The name of a reward and the options that are its own."""
+    return {key: value for key, value in section.items() if key != "weight"}
+
+
 def assemble(sections: Sequence[Mapping[str, Any]], task: Reward, scoring: Scoring) -> Reward:
     """The reward of a list of sections: the weighted sum of them, each named like its function."""
     table, rewards = REWARDS | {"task": task}, {}
     for section in sections:
-        spec = {key: value for key, value in section.items() if key != "weight"}
+        spec = unweighted(section)
         name = here = spec["name"].rpartition(":")[2]
         while here in rewards:
             here = f"{name}-{sum(other.startswith(name) for other in rewards) + 1}"
