@@ -561,6 +561,7 @@ GARBAGE = (
     "", " ", "\n\n", "0", "-", "nan", "inf", "1e999", "1/0", "None", "{}", '{"answer": ', "\\boxed{", "</think>",
     "####", "π ≈ 3,14 · 10⁻² ½ ٣ 四", "\u202e\u200b\x00\ufffd", "💥" * 50)
 LONG = ("9", "a", " ", "(", "1+", "\\boxed{", "<think>", "1,", "0.", "\n", "ab ", "{[", "-")  # repeated
+SLOW = 3.0  # seconds: what runs away takes minutes, and a loaded machine is no bug
 
 
 @contextlib.contextmanager
@@ -635,18 +636,18 @@ def test_a_score_is_a_finite_number_whatever_the_reply(task):
     made = task("train")
     for example in some(made):
         for reply in (*GARBAGE, example.answer, example.answer[:-1], f"{example.answer} or {example.answer}\n"):
-            with within(1.0, f"the score of {reply[:20]!r}"):
+            with within(SLOW, f"the score of {reply[:20]!r}"):
                 check_score(made.score(example, reply))
 
 
 @pytest.mark.parametrize("piece", LONG)
 def test_a_score_takes_no_time_however_long_the_reply(task, piece):
-    """10 000 characters, in under a second: no regular expression that runs away, no int() of ten thousand digits."""
+    """10 000 characters, in seconds: no regular expression that runs away, no int() of ten thousand digits."""
     made = task("train")
     example = made[0]
     made.score(example, piece)  # what is loaded at the first call is not counted
     for reply in (piece * (10_000 // len(piece)), piece * (10_000 // len(piece)) + "!"):
-        with within(1.0, f"the score of ten thousand characters of {piece!r}"):
+        with within(SLOW, f"the score of ten thousand characters of {piece!r}"):
             check_score(made.score(example, reply))
 
 

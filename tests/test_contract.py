@@ -335,7 +335,7 @@ class RunsAway(Squares):
 
 class Sleeps(Squares):
     def score(self, example, reply):
-        time.sleep(2 * (len(reply) > 9000))
+        time.sleep(60 * (len(reply) > 9000))
         return float(reply == example.answer)
 
 

@@ -86,7 +86,7 @@ def test_every_kind_of_bad_reply_fails_alone_in_time_and_the_pool_goes_on(hostil
     start = time.monotonic()
     replies = ["good", *[x for bad in BAD for x in (bad, "fine!")], "good"] + ["good"] * 20
     scores, parts = judged(hostile.mine, replies)
-    assert time.monotonic() - start < 30  # three that have to be ended, twice each: their chunk, and alone
+    assert time.monotonic() - start < 120  # no hang; three that have to be ended, twice each: their chunk, and alone
     assert scores.tolist() == [-1.0 if reply in BAD else len(reply) for reply in replies]
     assert parts["failed"].tolist() == [float(reply in BAD) for reply in replies]
     for reply, words in BAD.items():
@@ -177,11 +177,12 @@ def test_no_process_is_left_after_an_exception_or_an_interrupt(tmp_path, how, nu
                            env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
     if number:
         while not list(tmp_path.glob("pid-*")):
+            assert run.poll() is None
             time.sleep(0.05)
         os.killpg(run.pid, number)  # as a terminal does: the workers get it too
-    assert run.wait(timeout=60) != 0
+    assert run.wait(timeout=300) != 0
     assert list(tmp_path.glob("pid-*"))
-    for _ in range(50):
+    for _ in range(300):
         if not workers(tmp_path):
             break
         time.sleep(0.1)

@@ -180,7 +180,7 @@ def test_a_double_factorial_neither_hangs_math_nor_fills_the_memory():
     """Where numbers are compared, mpmath wants 2 to the half of it: 4 GB and 10 seconds in one operation."""
     start = time.thread_time()
     assert score("x^2+1", r"\boxed{(10^{9})!!}") == 0.0
-    assert time.thread_time() - start < 1
+    assert time.thread_time() - start < 3, "ten limits"
 
 
 # countdown
