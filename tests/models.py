@@ -122,11 +122,6 @@ def rule(temperature: float = 1.0, **changes) -> Sampling:
     return Sampling(temperature, **({"eos_ids": EOS, "pad_id": 0, "vocab_size": VOCAB} | changes))
 
 
-def replies(batch: Batch) -> list[list[int]]:
-    """The sampled tokens of each row, whatever the width of the batch."""
-    return batch.replies()
-
-
 def forced(rows: list[tuple[list[int], list[int]]], temperature: float = 1.0, pad: int = 0, extra=(0, 0)) -> Batch:
     """(prompt, reply) token lists → a batch as a sampler would give it, padded with `pad` and `extra` columns more."""
     left, right = (max(len(row[i]) for row in rows) + extra[i] for i in (0, 1))

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from models import EOS, ROWS, VOCAB, prompts, replies, rule, tiny_policy, uniforms
+from models import EOS, ROWS, VOCAB, prompts, rule, tiny_policy, uniforms
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3NextConfig
@@ -88,7 +88,7 @@ def test_float32_gives_the_tokens_of_naive_at_a_pinned_draw_and_the_scorers_logp
 def test_greedy_is_what_transformers_generates(name):
     policy, (ids, mask, u) = tiny_policy(name, torch.float64, vocab_size=None), many(9)
     found = engine(policy, ids, mask, u, rule(0.0, vocab_size=None), slots=4, sync_every=4)
-    for row, prompt, kept in zip(replies(found), ids, mask, strict=True):
+    for row, prompt, kept in zip(found.replies(), ids, mask, strict=True):
         alone = prompt[kept][None]
         want = policy.lm.generate(alone, attention_mask=torch.ones_like(alone), do_sample=False,
                                   max_new_tokens=LONGEST, eos_token_id=list(EOS), pad_token_id=0)
@@ -172,13 +172,13 @@ def test_fewer_slots_where_the_budget_holds_fewer():
     for budget, want in ((3.5 * each, 3), (0.1 * each, 1), (1e9, 16)):
         assert run_of(policy, ids, mask, u, rule(), 16, budget / 1e9).kv.count == want
     found = engine(policy, ids, mask, u, rule(), slots=16, max_kv_gb=3.5 * each / 1e9)
-    assert replies(found) == replies(engine(policy, ids, mask, u, rule()))
+    assert found.replies() == engine(policy, ids, mask, u, rule()).replies()
 
 
 def test_out_of_memory_halves_the_slots_once_and_says_so(monkeypatch, caplog):
     policy, (ids, mask, u) = tiny_policy("llama"), many()
-    want, step, most = replies(engine(policy, ids, mask, u, rule())), Run.step, 6
-    want_few = replies(engine(policy, ids, mask, u[:9], rule()))
+    want, step, most = engine(policy, ids, mask, u, rule()).replies(), Run.step, 6
+    want_few = engine(policy, ids, mask, u[:9], rule()).replies()
 
     def scarce(self, count, reach):
         if count > most:
@@ -187,9 +187,9 @@ def test_out_of_memory_halves_the_slots_once_and_says_so(monkeypatch, caplog):
 
     monkeypatch.setattr(Run, "step", scarce)
     with caplog.at_level(logging.WARNING):
-        assert replies(engine(policy, ids, mask, u, rule(), slots=12)) == want
+        assert engine(policy, ids, mask, u, rule(), slots=12).replies() == want
         module.say.cache_clear()
-        assert replies(engine(policy, ids, mask, u[:9], rule(), slots=256)) == want_few
+        assert engine(policy, ids, mask, u[:9], rule(), slots=256).replies() == want_few
     assert caplog.messages == ["sampling ran out of memory: once more with half the slots"] * 2
     most = 2
     with pytest.raises(torch.OutOfMemoryError):
@@ -217,7 +217,7 @@ def test_nothing_is_held_after_a_run(monkeypatch):
 @pytest.mark.parametrize("training", [True, False])
 def test_attention_mode_and_checkpointing_are_as_before_also_after_an_exception(training, monkeypatch):
     policy, (ids, mask, u) = tiny_policy("llama", torch.float64), many()
-    want = replies(engine(policy, ids, mask, u, rule()))
+    want = engine(policy, ids, mask, u, rule()).replies()
     policy.lm.gradient_checkpointing_enable()
     policy.train(training)
 
@@ -227,7 +227,7 @@ def test_attention_mode_and_checkpointing_are_as_before_also_after_an_exception(
         return own, policy.lm.is_gradient_checkpointing, flags, torch.is_grad_enabled()
 
     before = state()
-    assert replies(engine(policy, ids, mask, u, rule())) == want, "checkpointing in train mode would drop the cache"
+    assert engine(policy, ids, mask, u, rule()).replies() == want, "checkpointing in train mode would drop the cache"
     assert state() == before
     monkeypatch.setattr(module, "one_pass", None)
     with pytest.raises(TypeError):
@@ -413,7 +413,7 @@ def test_a_stop_string_ends_a_reply_where_it_is_complete(sampler):
     policy, (ids, mask, u) = tiny_policy("llama", torch.float64), many()
     whole, found = naive(policy, ids, mask, u, rule()), sampler(policy, ids, mask, u, rule(stop=stop))
     stopped = 0
-    for i, (long, short) in enumerate(zip(replies(whole), replies(found), strict=True)):
+    for i, (long, short) in enumerate(zip(whole.replies(), found.replies(), strict=True)):
         end = next((t for t, token in enumerate(long) if 5 <= token < 30), None)
         assert short == (long if end is None else long[: end + 1])
         assert found.truncated[i] == (whole.truncated[i] and end is None)
@@ -427,7 +427,7 @@ def test_what_is_asked_whether_to_stop_is_the_reply_so_far_without_what_may_foll
     policy, (ids, mask, u) = tiny_policy("llama"), many()
     whole, asked = naive(policy, ids, mask, u, rule()), []
     engine(policy, ids, mask, u, rule(stop=lambda ids: asked.append(ids) or len(ids) >= 4), slots=4, sync_every=1)
-    starts = {tuple(reply[:n]) for reply in replies(whole) for n in range(len(reply) + 1)}
+    starts = {tuple(reply[:n]) for reply in whole.replies() for n in range(len(reply) + 1)}
     assert len(asked) > 36
     assert {*map(tuple, asked)} <= starts
 

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from models import CONFIGS, VOCAB, causal_lm, forced, prompts, ragged, replies, rule, uniforms
+from models import CONFIGS, VOCAB, causal_lm, forced, prompts, ragged, rule, uniforms
 from packaging.version import Version
 from rich.console import Console
 from runs_fixture import PPO, arguments, differences, make_base, resume, rows, run
@@ -194,13 +194,13 @@ def test_rollouts_see_the_adapter_and_their_log_probs_are_the_scorers(name, samp
     policy, (ids, mask) = adapted(name, moved=False), prompts()
     u = uniforms(12, 10)
     fresh = SAMPLERS[sampler](policy, ids, mask, u, rule())
-    assert replies(fresh) == replies(SAMPLERS[sampler](plain(name), ids, mask, u, rule()))
+    assert fresh.replies() == SAMPLERS[sampler](plain(name), ids, mask, u, rule()).replies()
     with torch.no_grad():
         for n, p in policy.lm.named_parameters():
             if "lora_B" in n:
                 p.add_(0.3)
     batch = SAMPLERS[sampler](policy, ids, mask, u, rule())
-    assert replies(batch) != replies(fresh)
+    assert batch.replies() != fresh.replies()
     scored = policy.evaluate(batch).logprobs
     torch.testing.assert_close(batch.sampler_logprobs, scored.detach(), rtol=0, atol=2e-5)
     assert (reference_of(policy).evaluate(batch).logprobs - scored)[batch.mask].abs().max() > 0.01

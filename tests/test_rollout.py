@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from models import EOS, PROMPTS, ROWS, VOCAB, causal_lm, prompts, replies, rule, tiny_policy, uniforms
+from models import EOS, PROMPTS, ROWS, VOCAB, causal_lm, prompts, rule, tiny_policy, uniforms
 from torch import Tensor
 
 from rlkl.rollout import SAMPLERS, cached, naive, pick
@@ -33,7 +33,7 @@ def test_scoring_pass_gives_the_samplers_logprobs_and_every_finished_row_ends_in
     assert batch.sampler_logprobs.dtype == scored.dtype == torch.float32
     assert (batch.sampler_logprobs[batch.mask] < 0).all()
     ends = set()
-    for reply, truncated in zip(replies(batch), batch.truncated.tolist(), strict=True):
+    for reply, truncated in zip(batch.replies(), batch.truncated.tolist(), strict=True):
         assert not any(token in EOS for token in reply[:-1])
         assert truncated == (reply[-1] not in EOS)
         assert len(reply) == 24 or not truncated
@@ -78,7 +78,7 @@ def test_a_row_does_not_depend_on_its_neighbours_slot_group_or_padding(name, sam
     policy, u = tiny_policy(name, torch.float64), uniforms(12, 12)
 
     def rows(ids: Tensor, mask: Tensor, u: Tensor) -> list[list[int]]:
-        return replies(sampler(policy, ids, mask, u, rule()))
+        return sampler(policy, ids, mask, u, rule()).replies()
 
     want = rows(*prompts(), u)
     assert len({len(r) for r in want}) > 2
@@ -98,7 +98,7 @@ def test_a_row_does_not_depend_on_its_neighbours_slot_group_or_padding(name, sam
 def test_fewer_columns_of_uniforms_give_a_prefix(sampler):
     policy, (ids, mask), u = tiny_policy("llama", torch.float64), prompts(), uniforms(12, 12)
     whole, short = (sampler(policy, ids, mask, x, rule()) for x in (u, u[:, :5]))
-    assert replies(short) == [r[:5] for r in replies(whole)]
+    assert short.replies() == [r[:5] for r in whole.replies()]
 
 
 # ---------------------------------------------------------------- mask, EOS, truncation
@@ -236,10 +236,10 @@ def test_greedy_is_what_transformers_generates(name):
 def test_sampling_ignores_dropout_and_the_global_generator_and_restores_the_mode(sampler, training):
     policy, (ids, mask), u = tiny_policy("gpt2", torch.float64), prompts(), uniforms(6, 8)
     assert policy.lm.config.resid_pdrop > 0
-    want = replies(sampler(policy, ids, mask, u, rule()))
+    want = sampler(policy, ids, mask, u, rule()).replies()
     policy.train(training)
     before = torch.get_rng_state()
-    assert replies(sampler(policy, ids, mask, u, rule())) == want
+    assert sampler(policy, ids, mask, u, rule()).replies() == want
     assert torch.equal(torch.get_rng_state(), before)
     assert policy.training == policy.lm.training == training
     assert torch.is_grad_enabled()
@@ -265,9 +265,9 @@ def test_a_weight_changed_in_place_changes_the_next_sample(sampler):
         for p, q in zip(policy.parameters(), other.parameters(), strict=True):
             p.copy_(q)
     after = sampler(policy, ids, mask, u, rule())
-    assert replies(before) != replies(after)
+    assert before.replies() != after.replies()
     fresh = naive(tiny_policy("llama", torch.float64, seed=1), ids, mask, u, rule())
-    assert replies(after) == replies(fresh)
+    assert after.replies() == fresh.replies()
 
 
 @BOTH
@@ -425,7 +425,7 @@ def test_truncated_sampling_reaches_the_rollout(sampler):
     policy, (ids, mask) = tiny_policy("llama"), prompts()
     greedy = sampler(policy, ids, mask, uniforms(6, 6), rule(0.0))
     top_one = sampler(policy, ids, mask, uniforms(6, 6, seed=9), rule(top_k=1))
-    assert replies(top_one) == replies(greedy)
+    assert top_one.replies() == greedy.replies()
     assert not top_one.sampler_logprobs.any(), "log 1"
 
 

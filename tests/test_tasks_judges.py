@@ -12,6 +12,7 @@ from fractions import Fraction
 
 import pytest
 
+from rlkl import limits
 from rlkl.errors import UserError
 from rlkl.tasks.arithmetic import evaluate
 from rlkl.tasks.bounded import bounded
@@ -174,6 +175,12 @@ def test_a_judge_that_ends_leaves_the_run_its_memory():
     assert bounded(lambda: len(bytes(2**29)), otherwise=0) == 0
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
     assert len(bytes(2**29)) == 2**29
+
+
+def test_without_a_proc_there_is_no_limit_of_memory_and_a_judge_judges(monkeypatch, tmp_path):
+    """A container may have none: every score would be `otherwise`."""
+    monkeypatch.setattr(limits, "STATM", tmp_path / "statm")
+    assert bounded(lambda: len(bytes(2**29)), otherwise=0) == 2**29
 
 
 def test_a_double_factorial_neither_hangs_math_nor_fills_the_memory():
