@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 import torch
-from models import ROWS, VOCAB, replies, rule, tiny_policy, uniforms
+from models import ROWS, VOCAB, rule, tiny_policy, uniforms
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from rlkl.model import Policy, left_pad
@@ -29,9 +29,9 @@ def many(rows: int = 72, columns: int = 24):
 def test_a_replayed_graph_gives_the_tokens_of_the_eager_step_and_of_naive(name):
     """float64: no rounding can move a token."""
     policy, given = tiny_policy(name, torch.float64).cuda(), many()
-    want = replies(naive(policy, *given, rule()))
-    assert replies(engine(policy, *given, rule(), slots=16, sync_every=4)) == want
-    assert replies(engine(policy, *given, rule(), slots=16, sync_every=4, graphs=False)) == want
+    want = naive(policy, *given, rule()).replies()
+    assert engine(policy, *given, rule(), slots=16, sync_every=4).replies() == want
+    assert engine(policy, *given, rule(), slots=16, sync_every=4, graphs=False).replies() == want
 
 
 def test_a_step_is_recorded_once_for_each_batch_size(monkeypatch):

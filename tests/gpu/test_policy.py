@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import causal_lm, forced, prompts, ragged, replies, rule, tiny_policy, uniforms
+from models import causal_lm, forced, prompts, ragged, rule, tiny_policy, uniforms
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -45,7 +45,7 @@ def test_bf16_scoring_pass_gives_the_samplers_logprobs(name, temperature):
             scored = policy.evaluate(batch).logprobs
         assert batch.sampler_logprobs.dtype == scored.dtype == torch.float32
         assert (scored - batch.sampler_logprobs)[batch.mask].abs().mean() < 0.02
-        for reply, truncated in zip(replies(batch), batch.truncated.tolist(), strict=True):
+        for reply, truncated in zip(batch.replies(), batch.truncated.tolist(), strict=True):
             assert not any(token in rule().eos_ids for token in reply[:-1])
             assert truncated == (reply[-1] not in rule().eos_ids)
 
@@ -90,7 +90,7 @@ def test_cached_is_naive_in_float32_at_a_pinned_draw(name):
     policy, (ids, mask) = tiny_policy(name).cuda(), on_cuda(*prompts())
     u = uniforms(12, 12).cuda()
     a, b = naive(policy, ids, mask, u, rule()), cached(policy, ids, mask, u, rule())
-    assert replies(a) == replies(b)
+    assert a.replies() == b.replies()
     assert (a.sampler_logprobs - b.sampler_logprobs).abs().max() <= 1e-4
 
 
