@@ -3,11 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+# test-fast: identities, one step of each kind, twins of the rollouts and log-probs, bad input.
+FAST := $(addprefix tests/test_,$(addsuffix .py,losses kl advantages weights selectors types imports \
+  config step step_options golden_steps one_step rollout logprobs optim readme))
 # One thread a test process, nothing from the network.
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline PYTHONPATH=.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check learn examples question question-quick figures crash measure golden mutants compat bench gpu
+.PHONY: help setup train test test-fast check learn examples question question-quick figures crash measure golden mutants compat bench gpu
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -15,7 +18,7 @@ help:  ## this list
 $(BIN)/.run: pyproject.toml constraints.txt
 	@echo "installing rlkl into $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) -e .
+	@$(PIP) -e '.[plots,wandb]'
 	@touch $@
 
 $(BIN)/.dev: $(BIN)/.run
@@ -28,10 +31,14 @@ setup: $(BIN)/.dev  ## the environment, test tools included
 train: $(BIN)/.run  ## train the tiny model by reinforcement learning: about 3 minutes on 2 cores, no download
 	@$(BIN)/python train.py configs/tiny-grpo.yaml
 
-test: $(BIN)/.dev  ## the tests, one process a core
+test: $(BIN)/.dev  ## all tests, one process a core: about 5 minutes on 2 cores
 	@$(TEST) $(BIN)/python -m pytest -n auto --dist worksteal
 
-check: $(BIN)/.dev  ## lint and types
+test-fast: $(BIN)/.dev  ## what one runs after each change: within a minute
+	@$(TEST) $(BIN)/python -m pytest -n auto --dist worksteal $(FAST)
+
+check: $(BIN)/.dev  ## format, lint and types
+	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
@@ -65,7 +72,7 @@ mutants: $(BIN)/.dev  ## one-line bugs, each of which a test must notice
 
 compat:  ## the tests on the oldest supported versions, in an environment of their own
 	@$(PYTHON) -m venv $(VENV)-compat
-	@$(VENV)-compat/bin/python -m pip install -q --disable-pip-version-check -c tests/compat.txt -e '.[lora,tasks]' pytest hypothesis
+	@$(VENV)-compat/bin/python -m pip install -q --disable-pip-version-check -c tests/compat.txt -e '.[plots,wandb,lora,tasks]' pytest hypothesis
 	@$(TEST) $(VENV)-compat/bin/python -m pytest
 
 bench: $(BIN)/.run  ## seconds of each phase of a step; log-probs: time, memory and error; rollouts against generate

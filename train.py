@@ -1,290 +1,330 @@
-"""Train a language model with PPO or GRPO:  python train.py configs/tiny-ppo.yaml optim.lr=1e-3
+"""Train a language model with PPO or GRPO.
 
-One step is `training_step`:  act → judge → evaluate → credit → learn → report.  `--help` lists every option.
+    python train.py configs/tiny-grpo.yaml optim.lr=1e-3        --help lists every option
+
+One training step, in the order of the functions below:
+
+    generate_and_score   G responses to each of N prompts, one score per response
+    evaluate_logprobs    the same tokens under pi_old and under the reference; values of the critic
+    compute_advantages   scores and the KL penalty in the reward → one advantage per token
+    update_policy        a few optimizer steps on this rollout; `objective` is what they minimise
+
+Shapes: N prompts, G samples per prompt, B = N·G rows, T response tokens. Per-token tensors are
+(B, T).
 """
 
 from __future__ import annotations
 
-import random
 import sys
 import time
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from rlkl import checkpoint, hacking, kl, model, report, runs
-from rlkl.build import TABLES, Parts, build, pick_device
-from rlkl.config import options
-from rlkl.dynamic import Rollout, dynamic
-from rlkl.errors import UserError, of_a_file
-from rlkl.heldout import accuracy
-from rlkl.log import Meters, RunLog, read_rows
-from rlkl.losses import importance_ratio, token_weights
-from rlkl.metrics import credited, describe, speed
-from rlkl.mismatch import accepted, truncated_ratio
-from rlkl.optim import lr_scale
-from rlkl.rewards import informative, judge, token_rewards, without_rows
-from rlkl.rollout.sample import draw_uniforms
-from rlkl.schema import Config
-from rlkl.seeds import draw, generator, stream
-from rlkl.selfcheck import selfcheck
-from rlkl.terminal import Interrupt, before_and_after, console, progress, say, show, suspect, usage
-from rlkl.types import Batch, Example
-
-
-@dataclass
-class State:
-    """What changes from step to step, beside the weights and the optimizer."""
-
-    kl_ref_coef: float
-    kl_old_coef: float
-    step: int = 0
-    skips: int = 0  # updates in a row that were not finite
-    best_accuracy: float = -1.0  # held out
-    best_step: int | None = None
-    before: dict[str, float] = field(default_factory=dict)  # held out, before the first step
-    refilled: int = 0  # prompts drawn by sampling.unanimous=refill
-    success: dict[str, float] = field(default_factory=dict)  # of each prompt, by its index: sampling.curriculum
-
-
-def training_step(cfg: Config, parts: Parts, state: State) -> tuple[dict[str, float], dict[str, Any]]:
-    """One rollout and the updates on it. Returns the row of metrics, and one sample."""
-    torch.manual_seed(stream(cfg.seed, state.step, "plug-ins"))  # the loop itself draws from its own generator only
-    random.seed(stream(cfg.seed, state.step, "plug-ins"))
-    rng, group, meters = generator(cfg.seed, state.step, "rollout"), cfg.sampling.group_size, Meters()
-    clock = [time.perf_counter()]
-
-    # 1. Act: G replies to each of N prompts.
-    # 2. Judge: one score per reply.
-    if cfg.sampling.unanimous == "refill" or cfg.sampling.curriculum != "none":
-        batch, scores, row, sample = dynamic(cfg, parts.train, state, partial(act_and_judge, cfg, parts), rng)
-    else:
-        examples = draw(parts.train, cfg.sampling.prompts, cfg.seed, state.step)
-        batch, scores, row, sample = act_and_judge(cfg, parts, examples, rng)
-    if cfg.sampling.unanimous != "keep":
-        kept = informative(scores, group)
-        batch, scores = batch[kept].trim(), scores[kept]
-    clock.append(time.perf_counter())
-
-    # 3. Evaluate: the same tokens under pi_old and the reference, by the training forward pass.
-    last_values = evaluate(cfg, parts, batch)
-    clock.append(time.perf_counter())
-
-    # 4. Credit: scores, and perhaps a KL penalty → token rewards → advantages.
-    if cfg.truncation == "bootstrap":  # the critic's guess stands for what a longer reply would have earned
-        scores = scores + parts.advantage.keywords.get("gamma", 1.0) * last_values * batch.truncated
-    batch.rewards = token_rewards(scores, batch.mask)
-    if state.kl_ref_coef > 0 and cfg.kl_ref.place == "reward":
-        batch.rewards = batch.rewards - state.kl_ref_coef * parts.kl_ref(batch.old_logprobs, batch.ref_logprobs)
-    batch.advantages, batch.returns = parts.advantage(batch.rewards, batch.values, batch.mask, group_size=group)
-    if cfg.mismatch.truncate != "none":
-        batch.advantages = batch.advantages * truncated_ratio(batch, cfg.mismatch.truncate, cfg.mismatch.cap)
-
-    # 5. Learn: a few updates, held near pi_old by the trust region.
-    learned = learn(cfg, parts, state, batch, rng, meters)
-    clock.append(time.perf_counter())
-
-    # 6. Report.
-    row |= credited(batch) | meters.row() | learned | speed(row["tokens"], clock, batch.mask.device)
-    row |= {"kl_ref_coef": state.kl_ref_coef, "kl_old_coef": state.kl_old_coef}
-    if "ratio_square" in row:
-        row["ess"] = row.pop("ratio_mean") ** 2 / row.pop("ratio_square")
-    if "kl_pi_ref_tok" in row:
-        row["kl_pi_ref_seq"] = seq = row["kl_pi_ref_tok"] * int(batch.mask.sum()) / int(batch.mask.any(1).sum())
-        if (target := cfg.kl_ref.target) is not None:
-            state.kl_ref_coef = kl.proportional(state.kl_ref_coef, target, seq, len(batch), cfg.kl_ref.horizon)
-    return row, sample
-
-
-def act_and_judge(cfg: Config, parts: Parts, examples: list[Example], rng: Generator) -> Rollout:
-    """G replies to each of N prompts, and their scores. The uniforms are the only randomness."""
-    group, prompts = cfg.sampling.group_size, [model.encode(parts.tokenizer, e.prompt) for e in examples]
-    prompt_ids, prompt_mask = model.left_pad(prompts, parts.rule.pad_id, parts.policy.lm.device)
-    uniforms = draw_uniforms(len(prompts) * group, cfg.sampling.max_new_tokens, rng, prompt_ids.device)
-    batch = parts.sampler(parts.policy, prompt_ids, prompt_mask, uniforms, parts.rule)
-    asked, replies = [e for e in examples for _ in range(group)], model.decode(parts.tokenizer, batch)
-    scores, named = judge(parts.reward, asked, replies, batch)
-    row = describe(batch, scores, named, group)
-    batch = batch if scores.isfinite().all() else without_rows(batch, scores.isnan())  # no score, no sample
-    if cfg.sampling.baseline == "greedy":
-        batch.values = greedy_baseline(parts, examples, prompt_ids, prompt_mask, uniforms).expand(batch.mask.shape)
-    return Rollout(batch, scores, row, {"prompt": asked[0].prompt, "reply": replies[0], "score": scores[0].item()})
-
-
-def greedy_baseline(parts: Parts, examples: list[Example], prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor
-                    ) -> Tensor:
-    """(B, 1): the score of each prompt's greedy reply, on all of its G samples."""
-    first = uniforms[:: len(uniforms) // len(prompt_ids)]
-    batch = parts.sampler(parts.policy, prompt_ids, prompt_mask, first, parts.rule._replace(temperature=0.0))
-    scores, _ = judge(parts.reward, examples, model.decode(parts.tokenizer, batch), batch)
-    return scores.nan_to_num(0.0).repeat_interleave(len(uniforms) // len(prompt_ids))[:, None]
-
-
-def evaluate(cfg: Config, parts: Parts, batch: Batch) -> Tensor | None:
-    """Fill in old_logprobs, values and ref_logprobs; returns V after the last token, (B,), None without a critic.
-
-    With one update per rollout and nothing that reads it earlier, pi_old is the pi of that update: not scored here.
-    """
-    if parts.exact is not None:
-        batch.ref_logprobs, batch.ref_states = parts.exact.score_and_states(batch, cfg.optim.micro_tokens)
-    elif parts.reference is not None:
-        batch.ref_logprobs = parts.reference.score(batch, cfg.optim.micro_tokens).logprobs
-    if not parts.reads_old:
-        return None
-    old = parts.policy.score(batch, cfg.optim.micro_tokens)
-    batch.old_logprobs, batch.old_entropy = old.logprobs, old.entropy
-    batch.values = batch.values if old.values is None else old.values
-    return old.last_values
-
-
-def learn(cfg: Config, parts: Parts, state: State, batch: Batch, rng: Generator, meters: Meters) -> dict[str, float]:
-    """Epochs of minibatches, one update each. Returns gradient norms, learning rate and counts."""
-    scale = lr_scale(state.step, cfg.optim.steps, cfg.optim.warmup, cfg.optim.schedule)
-    frozen = ("policy",) if state.step < cfg.optim.critic_warmup else ()
-    row, norms, drift = {"lr": cfg.optim.lr * scale, "updates": 0.0, "skipped": 0.0}, [], 0.0
-    shuffled = (batch.shuffle(rng) for _ in range(cfg.optim.epochs))
-    for mini in (m for epoch in shuffled for m in epoch.split(cfg.optim.minibatch or len(batch))):
-        if parts.selector is not None:
-            mini.selected = parts.selector(mini, draw_uniforms(*mini.mask.shape, rng, mini.mask.device))
-        loss, drift = backward(cfg, parts, state, mini, meters)
-        if cfg.kl_old.stop is not None and drift > cfg.kl_old.stop:
-            parts.optimizer.zero()
-            break
-        found = parts.optimizer.step(scale, loss, frozen)
-        state.skips = 0 if found else state.skips + 1
-        row["updates" if found else "skipped"] += 1
-        norms += [found] if found else []
-    if cfg.kl_old.target is not None:
-        state.kl_old_coef = kl.doubling(state.kl_old_coef, cfg.kl_old.target, drift)  # as it was before the last update
-    return row | {f"grad_norm/{n}": sum(found[n] for found in norms) / len(norms) for n in (norms or [{}])[0]}
-
-
-def backward(cfg: Config, parts: Parts, state: State, mini: Batch, meters: Meters) -> tuple[float, float]:
-    """The gradient of one update, however it is cut. Returns its loss and KL(pi_old || pi) per token before it."""
-    trained = mini.mask & ~mini.truncated[:, None] if cfg.truncation == "mask" else mini.mask
-    mini.weights = token_weights(trained, cfg.optim.weights, cfg.sampling.max_new_tokens)
-    if cfg.mismatch.reject != "none":
-        mini.weights = mini.weights * accepted(mini, cfg.mismatch.reject, cfg.mismatch.low, cfg.mismatch.high)
-    total, drift, tokens = 0.0, 0.0, max(int(mini.mask.sum()), 1)
-    for new, micro in (x for _, rows in mini.microbatches(cfg.optim.micro_tokens) for x in parts.evaluations(rows)):
-        if micro.old_logprobs is None:
-            micro.old_logprobs = new.logprobs.detach()
-        per_token, stats = parts.loss(new, micro)
-        if state.kl_ref_coef > 0 and cfg.kl_ref.place == "loss":
-            per_token = per_token + state.kl_ref_coef * parts.kl_ref(new, micro)
-        if state.kl_old_coef > 0:
-            per_token = per_token + state.kl_old_coef * parts.kl_old(new, micro)
-        loss = (micro.weights * per_token)[micro.mask].sum()
-        loss.backward()
-        moved = distances(new.logprobs.detach(), micro)
-        meters.add(micro.mask, {**stats, **moved, "entropy": new.entropy})
-        total, drift = total + loss.item(), drift + moved["kl_old_pi"][micro.mask].sum().item() / tokens
-    return total, drift
-
-
-def distances(logprobs: Tensor, micro: Batch) -> dict[str, Tensor]:
-    """(B, T) meters of how far policies are apart: pi from pi_old, pi_old from the reference and from the sampler."""
-    old, ref, sampler = micro.old_logprobs, micro.ref_logprobs, micro.sampler_logprobs
-    ratio, gap = importance_ratio(logprobs, old), (old - sampler).abs()
-    far = {"kl_old_pi": kl.k3(old, logprobs), "ratio_max": ratio, "ratio_mean": ratio, "ratio_square": ratio.square()}
-    far |= {"kl_sampler_old": kl.k3(sampler, old), "sampler_gap": gap, "sampler_gap_max": gap}
-    return far if ref is None else far | {"kl_pi_ref_tok": kl.k1(old, ref), "ref_logprob": ref}
+from rlkl.advantages import token_rewards
+from rlkl.errors import exit_code
+from rlkl.explain import print_warnings
+from rlkl.kl import policy_divergences
+from rlkl.losses import accepted, token_weights, truncated_importance_weights, value_loss
+from rlkl.policy.optimizer import lr_scale
+from rlkl.policy.policy import microbatches
+from rlkl.rewards import compute_scores
+from rlkl.rollout.sampling import decode, draw_uniforms, generate
+from rlkl.run.algorithm import Algorithm
+from rlkl.run.build import TABLES, Data, Models, build
+from rlkl.run.config import options
+from rlkl.run.folder import configure
+from rlkl.run.metrics import (
+    Meters,
+    advantage_metrics,
+    rollout_metrics,
+    speed_metrics,
+    update_metrics,
+)
+from rlkl.run.schema import Config
+from rlkl.run.session import open_run
+from rlkl.run.state import State
+from rlkl.run.terminal import print_help
+from rlkl.types import Batch, PolicyOutput, Rollout
 
 
 def train(cfg: Config, argv: list[str]) -> Path:
-    """Build, loop, report. Returns the folder of the last checkpoint, a Hugging Face directory."""
-    device = pick_device(cfg.device)
-    say(f"device: {device}")
-    start = checkpoint.newest(Path(cfg.resume)) if cfg.resume else None
-    parts = build(cfg, device, console, start)
-    with parts.scoring:  # its processes end with the run, however that ends
-        return run(cfg, argv, parts, start)
+    """Train, and return the folder of the last checkpoint, a Hugging Face directory.
+
+    `run` is what surrounds the loop: prompts, progress, log, held-out evaluation, checkpoints.
+    """
+    models, algorithm, data = build(cfg, generate_and_score, warn=print_warnings)
+    with open_run(cfg, argv, models, data) as run:
+        for prompts, rng in run.steps():
+            metrics, sample = training_step(cfg, models, algorithm, data, run.state, prompts, rng)
+            run.finish_step(metrics, sample)
+    return run.last_checkpoint
 
 
-def run(cfg: Config, argv: list[str], parts: Parts, start: Path | None) -> Path:
-    """The loop, with what surrounds it."""
-    state = State(cfg.kl_ref.coef, cfg.kl_old.coef)
-    if start is not None:
-        state = State(**checkpoint.restore(start, parts.policy, parts.optimizer))
-    say(selfcheck(cfg, parts, fresh=start is None))
-    folder = runs.open_folder(cfg, argv)
-    log = RunLog(folder, asdict(cfg), wandb_mode=cfg.log.wandb, project=cfg.log.project, start=state.step)
-    measure = partial(accuracy, cfg, parts)
+def training_step(
+    cfg: Config,
+    models: Models,
+    algorithm: Algorithm,
+    data: Data,
+    state: State,
+    prompts: list[int],
+    rng: Generator,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """One rollout and the updates on it. Returns the step's metrics, and one sample to look at.
 
-    def save() -> Path:
-        path = checkpoint.save(folder, state.step, parts.policy, parts.tokenizer, parts.optimizer, asdict(state))
-        checkpoint.prune(folder, cfg.checkpoint.keep, state.best_step)
-        return path
-
-    rows, state.before = read_rows(log.path), state.before or measure(samples=cfg.eval.samples)
-    say(f"run: {folder}   {len(parts.train)} prompts, {len(parts.heldout)} held out {state.before}")
-    with Interrupt() as interrupt, progress(state.step, cfg.optim.steps) as advance:
-        while state.step < cfg.optim.steps and not interrupt.asked:
-            try:
-                give_up(cfg, state)
-                parts.scoring.trainer_state.global_step = state.step
-                row, sample = training_step(cfg, parts, state)
-            except UserError as error:
-                save()
-                raise UserError(f"{error}; step {state.step} is kept: resume={folder} continues") from error
-            state.step += 1
-            keep = bool(cfg.checkpoint.every) and state.step % cfg.checkpoint.every == 0
-            if cfg.eval.every and state.step % cfg.eval.every == 0:
-                row |= {f"heldout/{name}": x for name, x in measure(samples=1).items()}
-                if row["heldout/accuracy"] > state.best_accuracy:
-                    state.best_accuracy, state.best_step, keep = row["heldout/accuracy"], state.step, True
-            rows.append({"step": state.step, **row})
-            suspicion = hacking.suspicion(rows, state.before)
-            rows[-1]["hacking"] = float(suspicion is not None)
-            log.write(rows[-1], sample)
-            if suspicion and hacking.is_news(rows):
-                suspect(state.step, suspicion)
-            if state.step % cfg.log.every == 0 or state.step == 1:
-                show(state.step, row, sample)
-            if keep:
-                save()
-            advance(state.step)
-    log.close()
-    path = save()
-    if state.step < cfg.optim.steps:
-        say(f"stopped after step {state.step}: python train.py resume={folder} continues")
-        return path
-    after = measure(samples=cfg.eval.samples)
-    before_and_after(
-        state.before, after, f"{len(parts.heldout)} held-out prompts, temperature {cfg.eval.temperature:g}")
-    report.write(folder, read_rows(log.path), state.before, after)
-    say(f"report: {folder / 'report.md'}\nmodel: {path}")
-    return path
+    prompts: indices into data.train: the N of this step, and behind them spare ones for dynamic
+    sampling. rng: the randomness of the rollout and of the updates.
+    """
+    clock = [time.perf_counter()]
+    rollout = algorithm.rollout(cfg, models, data, state, prompts, rng)
+    batch = rollout.batch
+    clock.append(time.perf_counter())
+    evaluate_logprobs(cfg, models, algorithm, batch)
+    clock.append(time.perf_counter())
+    compute_advantages(cfg, algorithm, state, batch)
+    updates = update_policy(cfg, models, algorithm, state, batch, rng)
+    clock.append(time.perf_counter())
+    metrics = rollout_metrics(rollout, cfg.sampling.group_size) | advantage_metrics(batch) | updates
+    return metrics | speed_metrics(metrics["tokens"], clock, batch.mask.device), rollout.sample
 
 
-def give_up(cfg: Config, state: State) -> None:
-    """UserError after optim.max_skips updates in a row that were not finite."""
-    if state.skips >= cfg.optim.max_skips:
-        raise UserError(f"{state.skips} updates in a row had a loss or a gradient that is not finite: try a smaller "
-                        "optim.lr, a longer optim.warmup, a smaller loss.clip, or model.dtype=float32")
+def generate_and_score(
+    cfg: Config, models: Models, data: Data, state: State, prompts: list[int], rng: Generator
+) -> Rollout:
+    """G responses to each of N prompts, and the (B,) scores that the reward gives them.
+
+    The uniforms are the only randomness, so every rollout backend returns the same tokens. This is
+    `algorithm.rollout`, unless dynamic sampling wraps it; `state` is there for the latter.
+    """
+    group_size = cfg.sampling.group_size
+    examples = [data.train[i] for i in prompts[: cfg.sampling.prompts]]
+    rows, device = len(examples) * group_size, models.policy.lm.device
+    uniforms = draw_uniforms(rows, cfg.sampling.max_new_tokens, rng, device)
+    batch = generate(models, examples, uniforms, models.params)
+
+    row_examples = [example for example in examples for _ in range(group_size)]
+    responses = decode(models.tokenizer, batch)
+    scores, score_parts = compute_scores(data.reward, row_examples, responses, batch)
+    batch.fill(scores=scores)
+    sample = {"prompt": examples[0].prompt, "response": responses[0], "score": scores[0].item()}
+    rollout = Rollout(batch, batch, score_parts, sample, metrics={})
+
+    if not scores.isfinite().all():  # no score: nothing after this sees the response
+        batch = batch.without_rows(scores.isnan())
+    if cfg.sampling.baseline == "greedy":
+        greedy = score_greedy_responses(cfg, models, data, prompts, uniforms[::group_size])
+        per_row = greedy.repeat_interleave(group_size)
+        batch.fill(baseline=per_row[:, None].expand(batch.mask.shape))
+    if cfg.sampling.zero_variance == "drop":
+        batch = batch.drop_zero_variance(group_size)
+    return rollout._replace(batch=batch)
 
 
-def main(argv: list[str]) -> int:
+def score_greedy_responses(
+    cfg: Config, models: Models, data: Data, prompts: list[int], uniforms: Tensor
+) -> Tensor:
+    """(N,) the score of each prompt's greedy response: the baseline of ReMax."""
+    examples = [data.train[i] for i in prompts[: cfg.sampling.prompts]]
+    batch = generate(models, examples, uniforms, models.params._replace(temperature=0.0))
+    scores, _ = compute_scores(data.reward, examples, decode(models.tokenizer, batch), batch)
+    return scores.nan_to_num(0.0)
+
+
+def evaluate_logprobs(cfg: Config, models: Models, algorithm: Algorithm, batch: Batch) -> None:
+    """Fill old_logprobs, values and ref_logprobs, by the same forward pass that is trained.
+
+    pi_old is computed again, and not taken from the sampler, because the two round differently;
+    their difference is logged as `sampler_gap`. What nothing reads is not computed.
+    """
+    max_tokens = cfg.optim.micro_tokens
+    reference = models.reference
+    if reference is not None and algorithm.exact_kl:
+        ref_logprobs, ref_states = reference.score_with_states(batch, max_tokens)
+        batch.fill(ref_logprobs=ref_logprobs, ref_states=ref_states)
+    elif reference is not None:
+        batch.fill(ref_logprobs=reference.score(batch, max_tokens).logprobs)
+    if algorithm.reads_old_logprobs:
+        old = models.policy.score(batch, max_tokens)
+        batch.fill(old_logprobs=old.logprobs, old_entropy=old.entropy)
+        batch.fill(values=old.values, last_values=old.last_values)
+
+
+def compute_advantages(cfg: Config, algorithm: Algorithm, state: State, batch: Batch) -> None:
+    """Fill rewards, advantages and returns.
+
+    The score is paid on a response's last token. With kl_ref.place=reward every token also pays
+    coef · log(pi_old / ref): the sum over the response is an unbiased estimate of its KL.
+    """
+    scores = batch.scores
+    if cfg.truncation == "bootstrap":  # what a longer response would still have earned
+        scores = scores + algorithm.gamma * batch.last_values * batch.truncated
+    batch.fill(rewards=token_rewards(scores, batch.mask))
+    if state.kl_ref_coef > 0 and cfg.kl_ref.place == "reward":
+        kl = algorithm.kl_ref(batch.old_logprobs, batch.ref_logprobs)
+        batch.fill(rewards=batch.rewards - state.kl_ref_coef * kl)
+
+    values = batch.baseline if batch.values is None else batch.values
+    advantages, returns = algorithm.advantage(
+        batch.rewards, values, batch.mask, group_size=cfg.sampling.group_size
+    )
+    batch.fill(advantages=advantages, returns=returns)
+    if cfg.mismatch.truncate != "none":
+        weights = truncated_importance_weights(batch, cfg.mismatch.truncate, cfg.mismatch.cap)
+        batch.fill(advantages=batch.advantages * weights)
+
+
+def update_policy(
+    cfg: Config,
+    models: Models,
+    algorithm: Algorithm,
+    state: State,
+    batch: Batch,
+    rng: Generator,
+) -> dict[str, float]:
+    """`optim.epochs` passes over the rollout, one optimizer step per minibatch."""
+    frozen = ("policy",) if state.step < cfg.critic.warmup else ()
+    schedule = state.step, cfg.optim.steps, cfg.optim.warmup, cfg.optim.schedule
+    kl_old = 0.0
+    skipped = 0
+    grad_norms = []
+    meters = Meters()
+    for minibatch in shuffled_minibatches(batch, cfg.optim.epochs, cfg.optim.minibatch, rng):
+        if algorithm.selector is not None:
+            rows, columns = minibatch.mask.shape
+            uniforms = draw_uniforms(rows, columns, rng, minibatch.mask.device)
+            minibatch.selected = algorithm.selector(minibatch, uniforms)
+        loss, kl_old = accumulate_gradient(cfg, models, algorithm, state, minibatch, meters)
+        if cfg.kl_old.stop is not None and kl_old > cfg.kl_old.stop:
+            models.optimizer.zero()
+            break
+        norms = models.optimizer.step(lr_scale(*schedule), loss, frozen)
+        if norms:
+            state.skips = 0
+            grad_norms.append(norms)
+        else:  # the loss or a gradient was not finite: nothing has moved
+            state.skips += 1
+            skipped += 1
+
+    updates = update_metrics(meters, batch.mask)
+    updates |= {"kl_ref_coef": state.kl_ref_coef, "kl_old_coef": state.kl_old_coef}
+    updates |= {"updates": len(grad_norms), "skipped_updates": skipped}
+    updates["lr"] = cfg.optim.lr * lr_scale(*schedule)
+    for name in grad_norms[0] if grad_norms else ():
+        updates[f"grad_norm/{name}"] = sum(norms[name] for norms in grad_norms) / len(grad_norms)
+    if cfg.kl_ref.target or cfg.kl_old.target:
+        state.adapt_kl_coefficients(cfg, kl_old, updates, len(batch))
+    return updates
+
+
+def shuffled_minibatches(
+    batch: Batch, epochs: int, size: int | None, rng: Generator
+) -> Iterator[Batch]:
+    """Passes over the rows, each in a new random order, `size` rows at a time; None is all rows."""
+    for _ in range(epochs):
+        order = torch.randperm(len(batch.mask), generator=rng).to(batch.mask.device)
+        for rows in order.split(size or len(order)):
+            yield batch[rows]
+
+
+def accumulate_gradient(
+    cfg: Config,
+    models: Models,
+    algorithm: Algorithm,
+    state: State,
+    minibatch: Batch,
+    meters: Meters,
+) -> tuple[float, float]:
+    """Backward through one minibatch, a micro-batch at a time; fills the meters.
+
+    Returns its loss, and its mean KL(pi_old || pi) in nats per token; both before the update.
+    """
+    # Denominators are fixed here, over the whole minibatch, so that how it is cut into
+    # micro-batches cannot change the gradient.
+    trained = trained_tokens(cfg, minibatch)
+    rows_and_tokens = int(trained.any(1).sum()), int(trained.sum())
+
+    total_loss, total_kl = 0.0, 0.0
+    for _, microbatch in microbatches(minibatch, cfg.optim.micro_tokens):
+        for new, chunk in forward(cfg, models, algorithm, microbatch):
+            if chunk.old_logprobs is None:  # the only update: pi_old is pi
+                chunk.old_logprobs = new.logprobs.detach()
+                chunk.old_entropy = new.entropy.detach()
+            per_token, diagnostics = objective(cfg, algorithm, state, new, chunk)
+            chunk.weights = token_weights(
+                trained_tokens(cfg, chunk),
+                cfg.optim.weights,
+                cfg.sampling.max_new_tokens,
+                rows_and_tokens,
+            )
+            if cfg.mismatch.reject != "none":  # after the denominators are fixed
+                bounds = cfg.mismatch.low, cfg.mismatch.high
+                chunk.weights = chunk.weights * accepted(chunk, cfg.mismatch.reject, *bounds)
+            loss = (chunk.weights * per_token)[chunk.mask].sum()
+            loss.backward()
+
+            divergences = policy_divergences(new.logprobs.detach(), chunk)
+            meters.tokens += int(chunk.mask.sum())
+            for name, x in (diagnostics | divergences).items():
+                meters.sums[name] += x.detach()[chunk.mask].sum()
+            for name in meters.peaks:
+                peak = divergences[name].masked_fill(~chunk.mask, 0.0).max().cpu()
+                meters.peaks[name] = torch.maximum(meters.peaks[name], peak)
+            total_loss += loss.item()
+            total_kl += divergences["kl_old_pi"][chunk.mask].sum().item()
+    return total_loss, total_kl / max(int(minibatch.mask.sum()), 1)
+
+
+def trained_tokens(cfg: Config, batch: Batch) -> Tensor:
+    """(B, T) bool: the mask; with truncation=mask without the truncated responses."""
+    if cfg.truncation != "mask":
+        return batch.mask
+    return batch.mask & ~batch.truncated[:, None]
+
+
+def forward(
+    cfg: Config, models: Models, algorithm: Algorithm, microbatch: Batch
+) -> Iterator[tuple[PolicyOutput, Batch]]:
+    """The policy's output on a micro-batch, whole or in chunks of `optim.head_tokens`."""
+    reference = models.reference if algorithm.exact_kl else None
+    tokens = cfg.optim.head_tokens
+    if tokens:
+        return models.policy.forward_in_chunks(microbatch, reference, tokens=tokens)
+    return iter([(models.policy(microbatch, reference), microbatch)])
+
+
+def objective(
+    cfg: Config, algorithm: Algorithm, state: State, new: PolicyOutput, batch: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The (B, T) loss of each token, before weighting, one term a line; and its diagnostics.
+
+    `policy_loss` is the clipped surrogate for PPO and GRPO alike. The first and the last term are
+    trust regions around pi_old; the KL to the reference is the only term that knows where training
+    started. A term whose coefficient is 0 is not computed.
+    """
+    loss, diagnostics = algorithm.policy_loss(new, batch)
+    diagnostics = diagnostics | {"policy_loss": loss, "entropy": new.entropy}
+    if new.values is not None:
+        value = value_loss(new.values, batch.values, batch.returns, cfg.critic.clip)
+        diagnostics["value_loss"] = value
+        loss = loss + cfg.critic.coef * value
+    if cfg.entropy.coef:
+        loss = loss - cfg.entropy.coef * new.entropy
+    if state.kl_ref_coef > 0 and cfg.kl_ref.place == "loss":
+        loss = loss + state.kl_ref_coef * algorithm.kl_ref(new, batch)
+    if state.kl_old_coef > 0:
+        loss = loss + state.kl_old_coef * algorithm.kl_old(new, batch)
+    return loss, diagnostics
+
+
+def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
-        usage(__doc__ or "", options(TABLES))
-        return 0
-    try:
-        train(runs.configure(argv), argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {of_a_file(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+        print_help(__doc__ or "", options(TABLES))
+        return
+    train(configure(argv), argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(main, sys.argv[1:]))

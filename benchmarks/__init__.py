@@ -1,1 +1,1 @@
-"""Measurements: python -m benchmarks.NAME prints one table and writes benchmarks/results/NAME.json."""
+"""Measurements. What a program measured is committed in benchmarks/results, with its device."""

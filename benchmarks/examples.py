@@ -1,10 +1,14 @@
-"""`make examples`: every configuration for a CPU, end to end, each as its first line says it is run; one table.
+"""`make examples`: run every configuration for a CPU, and print one table.
 
-    python -m benchmarks.examples [PATTERN]     whose name contains it; the tiny-rlhf pipeline needs all its parts
+    python -m benchmarks.examples [PATTERN]     those whose name contains PATTERN
 
-Seconds are CPU time of one thread: other programs' does not count, but they slow it by up to a half where cores and
-caches are shared. Exit code 1 if a run fails, does not improve by what is stated here, or takes more than two minutes.
-Some are shortened: `overrides`.
+Each configuration is run by the command that its first line names. The parts of the tiny-rlhf
+pipeline need those before them. Some runs are shortened by overrides, which are printed. Seconds
+are CPU time of one thread: other programs do not count, but they may slow a run by up to a half
+where they share cores and caches.
+
+The exit code is 1 if a run fails, takes more than two minutes, or improves by less than EXAMPLES
+says.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ LIMIT = 120.0  # seconds
 
 
 class Example(NamedTuple):
-    """A configuration, what is looked at before and after, and by how much it must have changed at least."""
+    """A configuration, the number to look at before and after, and its least change."""
 
     config: str
     shown: str
@@ -35,10 +39,25 @@ class Example(NamedTuple):
 
 
 EASY = ("task.problems=4000", "task.numbers=[2, 2]", "task.heldout=0.1")
-SMALL = (*EASY, "scratch.layers=4", "scratch.hidden=128", "scratch.heads=2", "optim.epochs=5", "optim.batch=128",
-         "optim.lr=1.5e-3")
-SMALL_RL = (*EASY, "sampling.prompts=64", "sampling.max_new_tokens=8", "optim.steps=40", "optim.lr=3e-4",
-            "optim.minibatch=128", "eval.prompts=300", "eval.samples=4")
+SMALL = (
+    *EASY,
+    "scratch.layers=4",
+    "scratch.hidden=128",
+    "scratch.heads=2",
+    "optim.epochs=5",
+    "optim.batch=128",
+    "optim.lr=1.5e-3",
+)
+SMALL_RL = (
+    *EASY,
+    "sampling.prompts=64",
+    "sampling.max_new_tokens=8",
+    "optim.steps=40",
+    "optim.lr=3e-4",
+    "optim.minibatch=128",
+    "eval.prompts=300",
+    "eval.samples=4",
+)
 EXAMPLES = (
     Example("tiny-grpo", "accuracy", 0.3, ("optim.steps=50", "eval.prompts=200")),
     Example("tiny-ppo", "accuracy", 0.2, ("optim.steps=100",)),
@@ -59,6 +78,8 @@ EXAMPLES = (
 
 
 class Result(NamedTuple):
+    """How a run went."""
+
     seconds: float
     before: float
     after: float
@@ -66,70 +87,95 @@ class Result(NamedTuple):
 
 
 def command(example: Example) -> list[str]:
-    """`# rlkl NAME: …` in a configuration's first line names the command that reads it; the others are train.py's."""
+    """The command of a run: `rlkl NAME` where the first line is `# rlkl NAME: …`, else train.py."""
     path = ROOT / "configs" / f"{example.config}.yaml"
     named = re.match(r"# rlkl ([\w-]+):", path.read_text(encoding="utf-8"))
     program = ["-m", "rlkl", named[1]] if named else [str(ROOT / "train.py")]
     return [sys.executable, *program, str(path), *example.overrides]
 
 
-def shown(said: str) -> dict[str, list[float]]:
+def shown(output: str) -> dict[str, list[float]]:
     """{name: [before, after]} of the table that a run prints last."""
-    rows = re.findall(r"^│ (\S+) +│ +(-?[\d.]+) +│ +(-?[\d.]+) +│$", said, re.MULTILINE)
+    rows = re.findall(r"^│ (\S+) +│ +(-?[\d.]+) +│ +(-?[\d.]+) +│$", output, re.MULTILINE)
     return {name: [float(before), float(after)] for name, before, after in rows}
 
 
-def measured(said: str, name: str) -> list[float] | None:
-    """Before and after; from nothing to a number, where that is all that is said."""
-    number = re.search(rf"(\d+) {name}", said)
-    return shown(said).get(name) or ([0.0, float(number[1])] if number else None)
+def measured(output: str, name: str) -> list[float] | None:
+    """[before, after] of a number in a run's output; before is 0 where only one is printed."""
+    table = shown(output)
+    if name in table:
+        return table[name]
+    number = re.search(rf"(\d+) {name}", output)
+    return [0.0, float(number[1])] if number else None
 
 
 def start(example: Example, folder: Path) -> tuple[subprocess.CompletedProcess[str], float]:
-    """One run in a process of its own, in a folder that the runs of the pipeline share; and its CPU seconds."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    begun = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command(example), cwd=folder, env=env, capture_output=True, text=True, check=False)
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return done, ended.ru_utime + ended.ru_stime - begun.ru_utime - begun.ru_stime
+    """Run one example in a process of its own. Returns the finished process and its CPU seconds.
+
+    folder: the working directory, which the runs of a pipeline share.
+    """
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "120",
+    }
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        command(example), cwd=folder, env=env, capture_output=True, text=True, check=False
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return done, seconds
 
 
 def run(example: Example, folder: Path) -> Result:
+    """Run one example and judge it."""
     done, seconds = start(example, folder)
-    found = measured(done.stdout, example.shown)
-    if done.returncode or found is None:
+    numbers = measured(done.stdout, example.shown)
+    if done.returncode or numbers is None:
         return Result(seconds, float("nan"), float("nan"), reason(done))
-    return Result(seconds, *found, verdict(example, seconds, *found))
+    before, after = numbers
+    return Result(seconds, before, after, verdict(example, seconds, before, after))
 
 
 def reason(done: subprocess.CompletedProcess[str]) -> str:
     """The last line of a run that failed."""
-    return (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    return (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
 
 
 def verdict(example: Example, seconds: float, before: float, after: float) -> str:
-    """Why a run that ended well is no good example; empty if it is one."""
-    if not (after - before) * example.change >= example.change**2:  # NaN is no change
+    """Why a run that ended well still fails as an example; empty if it does not."""
+    improved = (after - before) * example.change >= example.change**2
+    if not improved:  # NaN is no improvement
         return f"changes by less than {example.change:g}"
     return f"more than {LIMIT:.0f} s" if seconds > LIMIT else ""
 
 
 def main(argv: list[str]) -> int:
-    chosen = [e for e in EXAMPLES if all(pattern in e.config for pattern in argv)]
-    console, table = Console(width=120), Table("config", "seconds", "", "before", "after", "")
+    """Run the examples whose name contains every pattern. Returns the exit code."""
+    examples = [e for e in EXAMPLES if all(pattern in e.config for pattern in argv)]
+    console = Console(width=120)
+    table = Table("config", "seconds", "", "before", "after", "")
     failed = 0
     with tempfile.TemporaryDirectory() as folder, console.status("") as status:
-        for example in chosen:
+        for example in examples:
             status.update(" ".join([example.config, *example.overrides]))
             result = run(example, Path(folder))
             failed += bool(result.failed)
-            name = example.config + " *" * bool(example.overrides)
-            table.add_row(name, f"{result.seconds:.0f}", example.shown, f"{result.before:.3f}", f"{result.after:.3f}",
-                          result.failed or "OK")
+            table.add_row(
+                example.config + " *" * bool(example.overrides),
+                f"{result.seconds:.0f}",
+                example.shown,
+                f"{result.before:.3f}",
+                f"{result.after:.3f}",
+                result.failed or "OK",
+            )
     console.print(table)
-    for example in filter(lambda e: e.overrides, chosen):
-        console.print(f"* {example.config} {' '.join(example.overrides)}", soft_wrap=True)
-    return 1 if failed or not chosen else 0
+    for example in examples:
+        if example.overrides:
+            console.print(f"* {example.config} {' '.join(example.overrides)}", soft_wrap=True)
+    return 1 if failed or not examples else 0
 
 
 if __name__ == "__main__":

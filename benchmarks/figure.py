@@ -1,37 +1,64 @@
-"""The figure of the README: python -m benchmarks.figure RUN [RUN ...] draws docs/tiny.png from run folders."""
+"""The figure of the README: python -m benchmarks.figure RUN [RUN ...] writes docs/tiny.png."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from matplotlib.figure import Figure
 
-from rlkl.log import read_rows
+from rlkl.run.log import read_rows
 
-PANELS = {  # title → unit, metrics, as dots where one is measured now and then
-    "held-out accuracy (dots) and reward": ("share of right replies", ("heldout/accuracy", "reward")),
-    "how far from the reference, and from pi_old": ("nats a token", ("kl_pi_ref_tok", "kl_old_pi")),
-}
+
+class Panel(NamedTuple):
+    """One pair of axes: its title, its unit, and {metric: matplotlib's line style}."""
+
+    title: str
+    unit: str
+    styles: dict[str, str]
+
+
+PANELS = (
+    Panel(
+        "held-out accuracy (dots) and reward",
+        "share of right responses",
+        {"eval/accuracy": "o", "reward": "-"},
+    ),
+    Panel(
+        "how far from the reference, and from pi_old",
+        "nats per token",
+        {"kl_pi_ref_token": "-", "kl_old_pi": ":"},
+    ),
+)
 
 
 def main(folders: list[str]) -> None:
+    """Draw the metrics of these run folders, one colour for each run."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
-    for axes, (title, (unit, metrics)) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
-        for color, folder in enumerate(folders):
-            loss = yaml.safe_load((Path(folder) / "config.yaml").read_text(encoding="utf-8"))["loss"]["name"]
+    for axes, panel in zip(figure.subplots(1, 2), PANELS, strict=True):
+        for number, folder in enumerate(folders):
+            name = run_name(Path(folder))
             rows = read_rows(Path(folder) / "metrics.jsonl")
-            for metric, style in zip(metrics, ("o", "-") if "heldout/accuracy" in metrics else ("-", ":"), strict=True):
-                points = [(row["step"], row[metric]) for row in rows if metric in row]
-                label = f"{loss}: {metric}" if style != "o" else None
-                axes.plot(*zip(*points, strict=True), style, color=f"C{color}", label=label, linewidth=1.2)
-        axes.set_title(title, fontsize=10)
+            for metric, style in panel.styles.items():
+                steps = [row["step"] for row in rows if metric in row]
+                values = [row[metric] for row in rows if metric in row]
+                label = None if style == "o" else f"{name}: {metric}"
+                axes.plot(steps, values, style, color=f"C{number}", label=label, linewidth=1.2)
+        axes.set_title(panel.title, fontsize=10)
         axes.set_xlabel("step", fontsize=9)
-        axes.set_ylabel(unit, fontsize=9)
+        axes.set_ylabel(panel.unit, fontsize=9)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig("docs/tiny.png", dpi=110)
+
+
+def run_name(folder: Path) -> str:
+    """PPO or GRPO, by the advantage estimator, as both have the same loss; else its name."""
+    text = (folder / "config.yaml").read_text(encoding="utf-8")
+    advantage = yaml.safe_load(text)["advantage"]["name"]
+    return {"gae": "PPO", "grpo": "GRPO"}.get(advantage, advantage)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Every configuration for a CPU as it stands, and the runs that the pages quote beside them:  make measure
+"""`make measure`: run every configuration for a CPU as it stands, and the runs that pages quote.
 
-    python -m benchmarks.measured [--only PATTERN]     the parts of the tiny-rlhf pipeline need those before them
+    python -m benchmarks.measured [--only PATTERN]
 
-Each run is a row of benchmarks/results/examples.json, and the pages' tables are filled from these rows. Seconds are of
-one core; who has no base model of a task yet makes it in the first run that needs it, up to a minute more.
+Each run becomes a row of benchmarks/results/examples.json, and the tables of the pages are filled
+from these rows. The parts of the tiny-rlhf pipeline need those before them. Seconds are CPU seconds
+of one thread. The first run of a task also makes its tiny base model, up to a minute more.
 """
 
 from __future__ import annotations
@@ -18,134 +19,193 @@ from typing import NamedTuple
 
 from benchmarks.examples import EXAMPLES, ROOT, Example, measured, reason, shown, start
 from benchmarks.pages import fill, table
-from rlkl import runs
-from rlkl.terminal import console
+from rlkl.run import folder as runs
+from rlkl.run.terminal import console
 
 RESULTS = ROOT / "benchmarks" / "results" / "examples.json"
 PAGES = [ROOT / "docs" / f"{name}.md" for name in ("examples", "preferences", "models")]
-HACKED = ("kl_ref.coef=0", "optim.lr=1e-3", "optim.steps=80", "optim.schedule=constant", "eval.every=5")
+HACKED = (
+    "kl_ref.coef=0",
+    "optim.lr=1e-3",
+    "optim.steps=80",
+    "optim.schedule=constant",
+    "eval.every=5",
+)
 GREEDY_DPO = ("beta=0.1", "optim.lr=3e-4", "optim.epochs=2", "run=runs/tiny-rlhf/dpo-far")
-MORE = (  # the first evaluation of a run is that of the model it starts from: so a model of dpo is graded
-    ("tiny-grpo", ("run=runs/grpo", "optim.steps=100")), ("tiny-lora", ("run=runs/lora", "optim.steps=40")),
-    ("tiny-lora", ("seed=1",)), ("tiny-lora", ("optim.lr=1e-3",)), ("tiny-lora", ("lora.full=[]",)),
-    ("tiny-rlhf-grpo", HACKED), ("tiny-dpo", GREEDY_DPO),
-    ("tiny-rlhf-grpo", ("model.name=runs/tiny-rlhf/dpo/model", "optim.steps=1")),
-    ("tiny-rlhf-grpo", ("model.name=runs/tiny-rlhf/dpo-far/model", "optim.steps=1")))
-NOT_WHOLE = ("scratch-sft", "scratch-countdown")  # for a GPU as they stand
+# `rlkl dpo` does not grade its model. The first evaluation of a run that starts from it does.
+GRADE_DPO = ("model.name=runs/tiny-rlhf/dpo/model", "optim.steps=1")
+GRADE_GREEDY_DPO = ("model.name=runs/tiny-rlhf/dpo-far/model", "optim.steps=1")
+MORE = (
+    ("tiny-grpo", ("run=runs/grpo", "optim.steps=100")),
+    ("tiny-lora", ("run=runs/lora", "optim.steps=40")),
+    ("tiny-lora", ("seed=1",)),
+    ("tiny-lora", ("optim.lr=1e-3",)),
+    ("tiny-lora", ("lora.modules_to_save=[]",)),
+    ("tiny-rlhf-grpo", HACKED),
+    ("tiny-dpo", GREEDY_DPO),
+    ("tiny-rlhf-grpo", GRADE_DPO),
+    ("tiny-rlhf-grpo", GRADE_GREEDY_DPO),
+)
+NOT_WHOLE = ("scratch-sft", "scratch-countdown")  # without overrides they are for a GPU
 
 
 class Row(NamedTuple):
-    """A run: its CPU seconds, before and after by name, what the meter of reward hacking said."""
+    """One run, as it stands in the file of results."""
 
     config: str
     overrides: list[str]
-    seconds: float
-    found: dict[str, list[float]]
-    hacking: str | None
-    git: str  # the revision it was made at
+    seconds: float  # of CPU time
+    found: dict[str, list[float]]  # {name: [before, after]}
+    hacking: str | None  # the first warning of reward hacking
+    git: str  # the revision that was run
 
 
-def chosen() -> list[Example]:
-    """In the order of the pipeline."""
-    known = {e.config: e for e in EXAMPLES}
-    return [e._replace(overrides=()) for e in EXAMPLES if e.config not in NOT_WHOLE] + [
-        known[name]._replace(overrides=overrides) for name, overrides in MORE]
+def all_runs() -> list[Example]:
+    """All runs, in the order of the pipeline."""
+    by_config = {example.config: example for example in EXAMPLES}
+    unchanged = [e._replace(overrides=()) for e in EXAMPLES if e.config not in NOT_WHOLE]
+    more = [by_config[name]._replace(overrides=overrides) for name, overrides in MORE]
+    return unchanged + more
 
 
 def run(example: Example, folder: Path) -> Row:
-    """SystemExit with its last line if it fails: nothing is written of it."""
+    """Run one example. SystemExit with its last line if it fails."""
     done, seconds = start(example, folder)
-    found, one = shown(done.stdout), measured(done.stdout, example.shown)
-    if done.returncode or one is None:
+    numbers = measured(done.stdout, example.shown)
+    if done.returncode or numbers is None:
         sys.exit(f"error: {example.config} {' '.join(example.overrides)}: {reason(done)}")
-    warned = re.search(r"reward hacking\? (.*?): +docs/hacking\.md", " ".join(done.stdout.split()))
-    return Row(example.config, list(example.overrides), round(seconds, 1), found or {example.shown: one},
-               warned[1] if warned else None, runs.git("rev-parse", "HEAD") or "")
+    output = " ".join(done.stdout.split())
+    warning = re.search(r"reward hacking\? (.*?): +docs/hacking\.md", output)
+    return Row(
+        config=example.config,
+        overrides=list(example.overrides),
+        seconds=round(seconds, 1),
+        found=shown(done.stdout) or {example.shown: numbers},
+        hacking=warning[1] if warning else None,
+        git=runs.git("rev-parse", "HEAD") or "",
+    )
 
 
-# The tables
+# ------------------------------------------------------------------ tables
+
+
 def row(rows: list[Row], config: str, *overrides: str) -> Row:
+    """The row of a run. StopIteration if there is none."""
     return next(r for r in rows if r.config == config and r.overrides == list(overrides))
 
 
 def sections(rows: list[Row]) -> dict[str, str]:
+    """The tables of the pages, by the name of their marker."""
     return {"measured": every(rows), "preferences": preferences(rows), "lora": lora(rows)}
 
 
 def every(rows: list[Row]) -> str:
-    """Each configuration, what its first line says it shows, how long it takes, what it changes."""
+    """Each configuration: what it shows, how long it takes, and what it changes."""
     lines = []
-    for example in chosen():
-        if not example.overrides:
-            found = row(rows, example.config)
-            (before, after), name = found.found[example.shown], example.shown
-            change = f"{after:,.0f} {name}" if name == "pairs" else f"{name} {before:.3f} → {after:.3f}"
-            lines.append([f"[{example.config}](../configs/{example.config}.yaml)", about(example.config),
-                          duration(found.seconds), change])
+    for example in all_runs():
+        if example.overrides:
+            continue
+        result = row(rows, example.config)
+        name = example.shown
+        before, after = result.found[name]
+        change = f"{name} {before:.3f} → {after:.3f}"
+        if name == "pairs":
+            change = f"{after:,.0f} pairs"
+        link = f"[{example.config}](../configs/{example.config}.yaml)"
+        lines.append([link, about(example.config), duration(result.seconds), change])
     return table(["config", "what it shows", "CPU time", "before → after"], lines)
 
 
 def about(config: str) -> str:
-    """The first sentence of its first line, without the command that it names."""
+    """The first sentence of a configuration's first line, without the command that it names."""
     first = (ROOT / "configs" / f"{config}.yaml").read_text(encoding="utf-8").splitlines()[0]
     return re.sub(r"^# (rlkl [\w-]+: )?|\. CPU.*$", "", first)
 
 
 def duration(seconds: float) -> str:
+    """Seconds below a minute, else minutes."""
     return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
 def preferences(rows: list[Row]) -> str:
-    """Gold of each way to learn from the same pairs; its change against the same replies before."""
-    def line(name: str, run: Row, when: int) -> list[str]:
-        return [name, f"{run.found['gold'][when]:.2f}", f"{run.found['accuracy'][when]:.2f}"]
-
-    dpo = row(rows, "tiny-rlhf-grpo", "model.name=runs/tiny-rlhf/dpo/model", "optim.steps=1")
-    ppo, grpo = row(rows, "tiny-rlhf-ppo"), row(rows, "tiny-rlhf-grpo")
-    return table(["", "gold score, -1 to 1", "both adjectives kind"], [
-        line("sft", ppo, 0), line("PPO, beta = 0.2", ppo, 1), line("GRPO, beta = 0.2", grpo, 1),
-        line("DPO, beta = 1", dpo, 0)])
+    """Gold score and accuracy of each way to learn from the same pairs."""
+    ppo = row(rows, "tiny-rlhf-ppo").found
+    grpo = row(rows, "tiny-rlhf-grpo").found
+    dpo = row(rows, "tiny-rlhf-grpo", *GRADE_DPO).found
+    before, after = 0, 1
+    models = {
+        "sft": (ppo, before),
+        "PPO, beta = 0.2": (ppo, after),
+        "GRPO, beta = 0.2": (grpo, after),
+        "DPO, beta = 1": (dpo, before),
+    }
+    lines = [
+        [name, f"{numbers['gold'][when]:.2f}", f"{numbers['accuracy'][when]:.2f}"]
+        for name, (numbers, when) in models.items()
+    ]
+    return table(["", "gold score, -1 to 1", "both adjectives kind"], lines)
 
 
 def lora(rows: list[Row]) -> str:
-    named = {"all weights, lr 3e-4": row(rows, "tiny-grpo"),
-             "LoRA, r = 16, and the last norm, lr 3e-3": row(rows, "tiny-lora"),
-             "the same, another seed": row(rows, "tiny-lora", "seed=1"),
-             "the same, lr 1e-3": row(rows, "tiny-lora", "optim.lr=1e-3"),
-             "LoRA alone, lr 3e-3": row(rows, "tiny-lora", "lora.full=[]")}
-    return table(["", "sampled", "greedy"], [
-        [name, *(f"{found.found[key][1]:.3f}" for key in ("accuracy", "greedy"))] for name, found in named.items()])
+    """Held-out accuracy after training all weights, and after training a LoRA adapter."""
+    results = {
+        "all weights, lr 3e-4": row(rows, "tiny-grpo"),
+        "LoRA, r = 16, and the last norm, lr 3e-3": row(rows, "tiny-lora"),
+        "the same, another seed": row(rows, "tiny-lora", "seed=1"),
+        "the same, lr 1e-3": row(rows, "tiny-lora", "optim.lr=1e-3"),
+        "LoRA alone, lr 3e-3": row(rows, "tiny-lora", "lora.modules_to_save=[]"),
+    }
+    lines = [
+        [name, f"{result.found['accuracy'][1]:.3f}", f"{result.found['greedy'][1]:.3f}"]
+        for name, result in results.items()
+    ]
+    return table(["", "sampled", "greedy"], lines)
 
 
-# The file
+# ------------------------------------------------------------------ the file of results
+
+
 def same(row: Row, example: Example) -> bool:
+    """Is this the row of that example?"""
     return (row.config, row.overrides) == (example.config, list(example.overrides))
 
 
 def read() -> tuple[dict, list[Row]]:
-    """Where it was measured, and the rows."""
-    tree = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"where": {}, "rows": []}
+    """Where the results were measured, and the rows."""
+    if not RESULTS.exists():
+        return {}, []
+    tree = json.loads(RESULTS.read_text(encoding="utf-8"))
     return tree["where"], [Row(**r) for r in tree["rows"]]
 
 
 def write(where: dict, rows: list[Row]) -> None:
+    """Write the file of results."""
     tree = json.dumps({"where": where, "rows": [r._asdict() for r in rows]}, indent=1)
     RESULTS.write_text(tree + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the examples, write each row when it is done, and fill the pages if none is missing."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", metavar="PATTERN", default="", help="a regular expression")
-    options, rows, where = parser.parse_args(argv), read()[1], runs.provenance("make measure")
+    args = parser.parse_args(argv)
+    where = runs.provenance("make measure")
+    rows = read()[1]
     with tempfile.TemporaryDirectory() as folder:
-        for example in chosen():
-            if re.search(options.only, " ".join([example.config, *example.overrides])):
-                new = run(example, Path(folder))
-                rows = [r for r in rows if not same(r, example)] + [new]
-                write(where, rows)
-                console.print(new.config, *new.overrides, duration(new.seconds), new.found, soft_wrap=True)
-    if missing := [" ".join([e.config, *e.overrides]) for e in chosen() if not any(same(r, e) for r in rows)]:
-        sys.exit(f"the pages are as they were: {', '.join(missing)} not yet run")
+        for example in all_runs():
+            if not re.search(args.only, " ".join([example.config, *example.overrides])):
+                continue
+            new = run(example, Path(folder))
+            rows = [r for r in rows if not same(r, example)] + [new]
+            write(where, rows)
+            seconds = duration(new.seconds)
+            console.print(new.config, *new.overrides, seconds, new.found, soft_wrap=True)
+    missing = [example for example in all_runs() if not any(same(r, example) for r in rows)]
+    if missing:
+        names = ", ".join(" ".join([e.config, *e.overrides]) for e in missing)
+        sys.exit(f"the pages were not changed: not yet run: {names}")
     fill(PAGES, sections(rows))
 
 

@@ -1,4 +1,4 @@
-"""The ops that benchmarks/logprobs.py measures: rlkl's in all its modes, and the naive way that all are compared to."""
+"""The ops that benchmarks/logprobs.py measures: rlkl's in all its modes, and the naive baseline."""
 
 from __future__ import annotations
 
@@ -8,27 +8,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlkl.kernels.plain import TORCH, Caps, Sums, Upstream, Work, finish
 from rlkl.logprobs import token_logprobs
-from rlkl.tiles import spans
+from rlkl.logprobs.tile_torch import TORCH, LogitTransform, Sums, TileInputs, Upstream, finish
+from rlkl.logprobs.tiled import spans
 from rlkl.types import Head
 
-PLAIN, AGAIN = (1, 1, 1), (2, 1, 1)  # products: logits once, or again in the backward pass
+# How many matrix products an op needs, relative to the three of (logits, dh, dw).
+PLAIN = (1, 1, 1)
+AGAIN = (2, 1, 1)  # the logits are computed again in the backward pass
+TWO_HEADS = (2, 1, 1)  # and those of the reference
+TWO_HEADS_AGAIN = (4, 1, 1)
+KEEP_ALL = 2**62  # bytes of logits
 
 
 class Inputs(NamedTuple):
-    """One set of operands. `kept` are the rows of hidden that are no padding; everything else has those only."""
+    """One set of operands, of N rows. M of them are no padding; only `hidden` has the others."""
 
     hidden: Tensor  # (N, D), or (N, V) logits
     weight: Tensor | None  # (V, D)
-    ids: Tensor
-    ref_hidden: Tensor | None
-    ref_weight: Tensor | None
+    ids: Tensor  # (M,)
+    ref_hidden: Tensor | None  # (M, D)
+    ref_weight: Tensor | None  # (V, D)
     upstream: Tensor  # (3, M) random ∂loss/∂(log-prob, entropy, KL), float32
-    kept: Tensor | None = None
+    kept: Tensor | None = None  # (M,) the rows of hidden that are no padding; None is all
 
     @property
     def rows(self) -> Tensor:
+        """(M, D) the rows of hidden that are no padding."""
         return self.hidden if self.kept is None else self.hidden[self.kept]
 
 
@@ -38,11 +44,14 @@ Step = Callable[[Inputs, Callable[[], None]], tuple[Outputs, Outputs]]
 
 
 class Op(NamedTuple):
-    """`step` makes outputs and gradients and calls its argument between the two; without one `forward` is enough."""
+    """An op: either a forward pass, or a whole `step`.
+
+    A step returns outputs and gradients, and calls its second argument between the two.
+    """
 
     name: str
     outputs: int  # 1: log-prob, 2: and entropy, 3: and KL(pi || ref)
-    gemms: tuple[float, ...]  # how many products it needs, of each of the ceilings
+    gemms: tuple[float, ...]  # products, relative to each of the ceilings
     forward: Forward | None = None
     step: Step | None = None
     frozen: bool = False  # no gradient of the head
@@ -51,7 +60,8 @@ class Op(NamedTuple):
 
 
 def naive(outputs: int, wide: bool = False) -> Forward:
-    """What one writes down: logits in the dtype of the operands, or in float32 from them."""
+    """The baseline: all logits, in the dtype of the operands; or, where `wide`, in float32."""
+
     def log_softmax(hidden: Tensor, weight: Tensor | None) -> Tensor:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         if wide:
@@ -59,97 +69,173 @@ def naive(outputs: int, wide: bool = False) -> Forward:
         return (hidden if weight is None else hidden @ weight.T).to(dtype).log_softmax(-1)
 
     def forward(x: Inputs) -> Outputs:
-        logp = log_softmax(x.hidden, x.weight)
-        found = [logp.gather(-1, x.ids[:, None]).squeeze(-1)]
+        logprobs = log_softmax(x.hidden, x.weight)
+        results = [logprobs.gather(-1, x.ids[:, None]).squeeze(-1)]
         if outputs > 1:
-            found.append(-(logp.exp() * logp).sum(-1))
+            results.append(-(logprobs.exp() * logprobs).sum(-1))
         if outputs > 2:
             with torch.no_grad():
-                ref_logp = log_softmax(x.ref_hidden, x.ref_weight)
-            found.append((logp.exp() * (logp - ref_logp)).sum(-1))
-        return tuple(found)
+                ref_logprobs = log_softmax(x.ref_hidden, x.ref_weight)
+            results.append((logprobs.exp() * (logprobs - ref_logprobs)).sum(-1))
+        return tuple(results)
 
     return forward
 
 
 def ours(outputs: int, backend: str, keep_bytes: int = 0) -> Forward:
+    """rlkl's token_logprobs with one of its backends."""
+
     def forward(x: Inputs) -> Outputs:
-        reference = {"ref_hidden": x.ref_hidden, "ref_head": Head(x.ref_weight)} if outputs > 2 else {}
-        found = token_logprobs(x.hidden, Head(x.weight), x.ids, entropy=outputs > 1, backend=backend,
-                               keep_bytes=keep_bytes, **reference)
-        return found[:outputs]
+        reference = {}
+        if outputs > 2:
+            reference = {"ref_hidden": x.ref_hidden, "ref_head": Head(x.ref_weight)}
+        stats = token_logprobs(
+            x.hidden,
+            Head(x.weight),
+            x.ids,
+            entropy=outputs > 1,
+            backend=backend,
+            keep_bytes=keep_bytes,
+            **reference,
+        )
+        return stats[:outputs]
 
     return forward
 
 
 def in_chunks(forward: Forward, frozen: bool) -> Step:
-    """Forward, loss and backward per chunk of rows, as Policy.in_head_chunks does: no chunk's logits are made twice."""
+    """Forward, loss and backward for a chunk of rows at a time, as in Policy.forward_in_chunks.
+
+    So no chunk's logits are computed twice.
+    """
+
     def step(x: Inputs, _: Callable[[], None]) -> tuple[Outputs, Outputs]:
-        whole, found = x.rows, []
-        leaf, weight = whole.detach().requires_grad_(), x.weight.detach().requires_grad_(not frozen)
-        for rows in spans(len(leaf), min(2048, max(len(leaf) // 4, 1))):
-            ref_hidden = None if x.ref_hidden is None else x.ref_hidden[rows]
-            part = forward(x._replace(hidden=leaf[rows], weight=weight, ids=x.ids[rows], ref_hidden=ref_hidden))
-            torch.autograd.backward(part, [g[rows].to(y.dtype) for g, y in zip(x.upstream, part, strict=False)])
-            found.append([y.detach() for y in part])
-        grad = leaf.grad if x.kept is None else torch.autograd.grad(whole, x.hidden, leaf.grad)[0]
-        return tuple(map(torch.cat, zip(*found, strict=True))), (grad,) if frozen else (grad, weight.grad)
+        rows = x.rows
+        leaf = rows.detach().requires_grad_()
+        weight = x.weight.detach().requires_grad_(not frozen)
+        chunks = []
+        for chunk in spans(len(leaf), min(2048, max(len(leaf) // 4, 1))):
+            ref_hidden = None if x.ref_hidden is None else x.ref_hidden[chunk]
+            part = x._replace(
+                hidden=leaf[chunk], weight=weight, ids=x.ids[chunk], ref_hidden=ref_hidden
+            )
+            outputs = forward(part)
+            torch.autograd.backward(outputs, upstream_of(outputs, x.upstream[:, chunk]))
+            chunks.append([y.detach() for y in outputs])
+        joined = tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
+        gradient = leaf.grad
+        if x.kept is not None:
+            (gradient,) = torch.autograd.grad(rows, x.hidden, gradient)
+        return joined, (gradient,) if frozen else (gradient, weight.grad)
 
     return step
 
 
+def upstream_of(outputs: Outputs, upstream: Tensor) -> list[Tensor]:
+    """The gradients of the loss in the outputs, in their dtypes."""
+    return [g.to(y.dtype) for g, y in zip(upstream, outputs, strict=False)]
+
+
 def on_a_tile(x: Inputs, mark: Callable[[], None]) -> tuple[Outputs, Outputs]:
-    """The two functions on a tile, with the logits as the tile: the kernels without the products."""
-    z, copies = x.hidden.detach(), not x.hidden.is_cuda  # the ones in torch overwrite what they are given
-    if copies:
-        functions = TORCH
+    """rlkl's two functions on a tile, with all logits as the tile: the kernels without products."""
+    logits = x.hidden.detach()
+    if logits.is_cuda:
+        from rlkl.logprobs.tile_triton import TRITON as functions
     else:
-        from rlkl.kernels.logits import TRITON as functions
-    caps = Caps(1.0, None, None)
-    work, sums = Work(x.ids, torch.ones_like(x.upstream[0]), caps, caps), Sums.start(len(z), z, reference=False)
-    functions.accumulate(z.float().clone() if copies else z, None, work, sums)
+        functions = TORCH
+
+    def tile() -> Tensor:
+        return logits if logits.is_cuda else logits.float().clone()  # torch's overwrite their tile
+
+    transform = LogitTransform(1.0, None, None)
+    work = TileInputs(x.ids, torch.ones_like(x.upstream[0]), transform, transform)
+    sums = Sums.start(len(logits), logits, reference=False)
+    functions.accumulate(tile(), None, work, sums)
     done = finish(sums)
     mark()
     upstream = Upstream(x.upstream[0], x.upstream[1], None, None)
-    d = functions.dlogits(z.float().clone() if copies else z, None, work, done, upstream, z.dtype)
-    return (done.logprobs, done.entropy), (d,)
+    dlogits = functions.dlogits(tile(), None, work, done, upstream, logits.dtype)
+    return (done.logprobs, done.entropy), (dlogits,)
 
 
 def own(logits: bool, dtype: str, device: str, compiled: bool) -> list[Op]:
-    """rlkl's and the naive way, for hidden states or for logits."""
+    """rlkl's ops and the naive ones, for hidden states or for given logits."""
     if logits:
-        return [Op("naive", 1, (1.5,), naive(1)), Op("naive", 2, (1.5,), naive(2)),
-                Op("rlkl functions on a tile", 2, (1.5,), None, on_a_tile)]
-    best, everything, found = "fused" if device == "cuda" else "tiled", 2**62, []
-    off = "" if device == "cuda" else "needs CUDA"
-    for n in (1, 2, 3):
-        plain, again, kept = (PLAIN, AGAIN, PLAIN) if n < 3 else ((2, 1, 1), (4, 1, 1), (2, 1, 1))
-        found.append(Op("naive", n, plain, naive(n)))
-        if n < 3 and dtype == "bfloat16":
-            found.append(Op("naive, float32 logits", n, plain, naive(n, wide=True)))
-        found.append(Op("naive, torch.compile", n, plain, torch.compile(naive(n)) if compiled else None, compiled=True,
-                        failed="" if compiled else "not run without --compile"))
-        if n > 1:
-            found.append(Op("rlkl reference", n, plain, ours(n, "reference")))
-        found += [Op("rlkl tiled", n, again, ours(n, "tiled")),
-                  Op("rlkl fused", n, again, ours(n, "fused"), failed=off)]
-        if n > 1:
-            keeping = ours(n, best, everything)
-            found += [Op(f"rlkl {best}, kept logits", n, kept, keeping),
-                      Op(f"rlkl {best}, head chunks", n, kept, None, in_chunks(keeping, False)),
-                      Op("naive, frozen head", n, (*plain[:2], 0), naive(n), frozen=True),
-                      Op(f"rlkl {best}, frozen head", n, (*again[:2], 0), ours(n, best), frozen=True),
-                      Op(f"rlkl {best}, frozen head, head chunks", n, (*kept[:2], 0), None, in_chunks(keeping, True),
-                         frozen=True)]
-    return found
+        return [
+            Op("naive", 1, (1.5,), naive(1)),
+            Op("naive", 2, (1.5,), naive(2)),
+            Op("rlkl functions on a tile", 2, (1.5,), None, on_a_tile),
+        ]
+    ops = []
+    for outputs in (1, 2, 3):
+        ops += naive_ops(outputs, dtype, compiled)
+        ops += rlkl_ops(outputs, device)
+        if outputs > 1:
+            ops += kept_logits_ops(outputs, device)
+    return ops
+
+
+def naive_ops(outputs: int, dtype: str, compiled: bool) -> list[Op]:
+    """The baseline: as it is, with float32 logits, and compiled."""
+    plain = TWO_HEADS if outputs == 3 else PLAIN
+    ops = [Op("naive", outputs, plain, naive(outputs))]
+    if outputs < 3 and dtype == "bfloat16":
+        ops.append(Op("naive, float32 logits", outputs, plain, naive(outputs, wide=True)))
+    ops.append(
+        Op(
+            "naive, torch.compile",
+            outputs,
+            plain,
+            torch.compile(naive(outputs)) if compiled else None,
+            compiled=True,
+            failed="" if compiled else "not run without --compile",
+        )
+    )
+    return ops
+
+
+def rlkl_ops(outputs: int, device: str) -> list[Op]:
+    """rlkl's backends."""
+    plain = TWO_HEADS if outputs == 3 else PLAIN
+    again = TWO_HEADS_AGAIN if outputs == 3 else AGAIN
+    needs_cuda = "" if device == "cuda" else "needs CUDA"
+    ops = []
+    if outputs > 1:
+        ops.append(Op("rlkl reference", outputs, plain, ours(outputs, "reference")))
+    return [
+        *ops,
+        Op("rlkl tiled", outputs, again, ours(outputs, "tiled")),
+        Op("rlkl fused", outputs, again, ours(outputs, "fused"), failed=needs_cuda),
+    ]
+
+
+def kept_logits_ops(outputs: int, device: str) -> list[Op]:
+    """rlkl's ways not to compute logits twice, and ops with a head that is not trained."""
+    plain = TWO_HEADS if outputs == 3 else PLAIN
+    again = TWO_HEADS_AGAIN if outputs == 3 else AGAIN
+    best = "fused" if device == "cuda" else "tiled"
+    keeping = ours(outputs, best, KEEP_ALL)
+    chunks = in_chunks(keeping, frozen=False)
+    frozen_chunks = in_chunks(keeping, frozen=True)
+    no_dw = (*plain[:2], 0)
+    no_dw_again = (*again[:2], 0)
+    frozen_name = f"rlkl {best}, frozen head"
+    return [
+        Op(f"rlkl {best}, kept logits", outputs, plain, keeping),
+        Op(f"rlkl {best}, head chunks", outputs, plain, None, chunks),
+        Op("naive, frozen head", outputs, no_dw, naive(outputs), frozen=True),
+        Op(frozen_name, outputs, no_dw_again, ours(outputs, best), frozen=True),
+        Op(f"{frozen_name}, head chunks", outputs, no_dw, None, frozen_chunks, frozen=True),
+    ]
 
 
 def step(op: Op, x: Inputs, mark: Callable[[], None]) -> tuple[Outputs, Outputs]:
     """Outputs and gradients of one op."""
     if op.step is not None:
         return op.step(x, mark)
+    assert op.forward is not None, op.name
     weight = x.weight.detach() if op.frozen else x.weight
-    found = tuple(op.forward(x._replace(hidden=x.rows, weight=weight, kept=None)))
+    outputs = tuple(op.forward(x._replace(hidden=x.rows, weight=weight, kept=None)))
     mark()
     leaves = [t for t in (x.hidden, weight) if t is not None and t.requires_grad]
-    return found, torch.autograd.grad(found, leaves, [g.to(y.dtype) for g, y in zip(x.upstream, found, strict=False)])
+    return outputs, torch.autograd.grad(outputs, leaves, upstream_of(outputs, x.upstream))

@@ -1,4 +1,4 @@
-"""Tables of a page that are filled from a file of results, between `<!-- name -->` and `<!-- /name -->`."""
+"""Fill the tables of pages from results, between `<!-- name -->` and `<!-- /name -->`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,25 @@ from pathlib import Path
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+    """A Markdown table."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def filled(page: str, sections: Mapping[str, str]) -> str:
-    """A page with the sections it has room for; what stands between other markers stays."""
-    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", lambda m: m[0] if m[1] not in sections else (
-        f"<!-- {m[1]} -->\n{sections[m[1]]}\n<!-- /{m[1]} -->"), page, flags=re.DOTALL)
+    """The page with every section that it has markers for; other markers are left alone."""
+
+    def section(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in sections:
+            return match[0]
+        return f"<!-- {name} -->\n{sections[name]}\n<!-- /{name} -->"
+
+    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", section, page, flags=re.DOTALL)
 
 
 def fill(pages: Sequence[Path], sections: Mapping[str, str]) -> None:
+    """Write the sections into the pages, and print the pages' names."""
     for page in pages:
         page.write_text(filled(page.read_text(encoding="utf-8"), sections), encoding="utf-8")
         print(page)

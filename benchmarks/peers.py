@@ -1,7 +1,8 @@
-"""What benchmarks/logprobs.py compares with: other libraries' ops, called and not copied. None is required.
+"""What benchmarks/logprobs.py compares with: the ops of other libraries. None is required.
 
-They are taken as published, installed or in a folder of unzipped wheels. Of TRL and verl only the files with the
-kernels are imported: behind empty packages, as their own ones import whole trainers.
+The libraries are used as published, installed or in a folder of unzipped wheels. Of TRL and verl
+only the files with the kernels are imported, from empty packages, because their own packages import
+whole trainers.
 """
 
 from __future__ import annotations
@@ -25,31 +26,36 @@ DISTRIBUTIONS = ("trl", "verl", "liger-kernel", "cut-cross-entropy", "triton")
 
 
 class Peer(NamedTuple):
+    """An op of another library, not yet imported."""
+
     name: str
     outputs: int
     gemms: tuple[float, ...]
     load: Callable[[], Forward]
-    cuda: bool = False  # runs nowhere else
+    cuda: bool = False  # runs only there
     compiled: bool = False
-    logits: bool = False  # takes logits
-    scalar: bool = False  # only a sum over tokens, so every weight is 1
+    logits: bool = False  # takes logits, not hidden states
+    scalar: bool = False  # returns only the sum over tokens
     forward_only: bool = False
 
 
 def packages(*names: str) -> None:
-    """Empty packages where the real ones would import a trainer and all that it needs."""
+    """Put empty packages where the real ones would import a trainer and its dependencies."""
     if names[0] in sys.modules:
         return
     spec = importlib.util.find_spec(names[0])
-    if spec is None:
+    if spec is None or spec.submodule_search_locations is None:
         raise ImportError("not installed")
     for name in names:
         module = types.ModuleType(name)
-        module.__path__ = [os.path.join(folder, *name.split(".")[1:]) for folder in spec.submodule_search_locations]
+        module.__path__ = [
+            os.path.join(folder, *name.split(".")[1:]) for folder in spec.submodule_search_locations
+        ]
         sys.modules[name] = module
 
 
 def stand_in(name: str, **attributes: Any) -> None:
+    """Put a module with these attributes where the real one is not imported."""
     module = types.ModuleType(name)
     vars(module).update(attributes)
     sys.modules.setdefault(name, module)
@@ -63,16 +69,22 @@ def trl_packages() -> None:
 def verl_packages() -> None:
     packages("verl", "verl.utils", "verl.utils.kernel", "verl.utils.experimental")
     cuda = torch.cuda.is_available()
-    stand_in("verl.utils.device", is_cuda_available=cuda, get_device_name=lambda: "cuda" if cuda else "cpu",
-             get_device_capability=lambda *_: torch.cuda.get_device_capability() if cuda else (0, 0),
-             get_torch_device=lambda: torch.cuda)
+    stand_in(
+        "verl.utils.device",
+        is_cuda_available=cuda,
+        get_device_name=lambda: "cuda" if cuda else "cpu",
+        get_device_capability=lambda *_: torch.cuda.get_device_capability() if cuda else (0, 0),
+        get_torch_device=lambda: torch.cuda,
+    )
 
 
 def trl_logprob() -> Forward:
     trl_packages()
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction as Chunked
 
-    return lambda x: Chunked.apply(x.hidden, x.weight, None, x.ids, 1.0, 32768, None, 1.0, ("entropy",))[:2]
+    return lambda x: Chunked.apply(
+        x.hidden, x.weight, None, x.ids, 1.0, 32768, None, 1.0, ("entropy",)
+    )[:2]
 
 
 def trl_divergence() -> Forward:
@@ -80,7 +92,8 @@ def trl_divergence() -> Forward:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction as Chunked
 
     def forward(x: Inputs) -> Outputs:
-        divergence = Chunked.apply(x.hidden, x.weight, None, x.ref_hidden, x.ref_weight, None, 1.0)[0]
+        operands = x.hidden, x.weight, None, x.ref_hidden, x.ref_weight, None, 1.0
+        divergence = Chunked.apply(*operands)[0]
         return *logprob(x), divergence
 
     return forward
@@ -109,17 +122,22 @@ def verl_triton() -> Forward:
 
 
 def liger_selective() -> Forward:
-    from liger_kernel.chunked_loss.fused_linear_ppo import _ChunkedSelectiveLogProbFunction as Chunked
+    from liger_kernel.chunked_loss.fused_linear_ppo import (
+        _ChunkedSelectiveLogProbFunction as Chunked,
+    )
 
     return lambda x: (Chunked.apply(x.hidden, x.weight, x.ids, None, 1.0, 4096),)
 
 
 def liger_cross_entropy() -> Forward:
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Fused
+    from liger_kernel.ops.fused_linear_cross_entropy import (
+        LigerFusedLinearCrossEntropyFunction as Fused,
+    )
+
+    options = None, None, -100, 0.0, 0.0, "none", None, False, torch.float32
 
     def forward(x: Inputs) -> Outputs:
-        return (-Fused.apply(x.hidden, x.weight, x.ids, None, None, -100, 0.0, 0.0, "none", None, False,
-                             torch.float32)[0],)
+        return (-Fused.apply(x.hidden, x.weight, x.ids, *options)[0],)
 
     return forward
 
@@ -137,14 +155,17 @@ def liger_scaled() -> Forward:
 def liger_from_logits() -> Forward:
     from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
 
-    return lambda x: fused_selective_log_softmax(x.hidden[None], x.ids[None, :-1], 1.0)  # leaves the last row out
+    # It leaves the last row out.
+    return lambda x: fused_selective_log_softmax(x.hidden[None], x.ids[None, :-1], 1.0)
 
 
 def cut(**options: Any) -> Callable[[], Forward]:
     def load() -> Forward:
         from cut_cross_entropy import linear_cross_entropy
 
-        return lambda x: (-linear_cross_entropy(x.hidden, x.weight, x.ids, reduction="none", **options),)
+        return lambda x: (
+            -linear_cross_entropy(x.hidden, x.weight, x.ids, reduction="none", **options),
+        )
 
     return load
 
@@ -178,17 +199,30 @@ PEERS = (
     Peer("verl Triton", 2, AGAIN, verl_triton, cuda=True),
     Peer("TRL ChunkedLogProb + ChunkedDivergence", 3, (6, 2, 2), trl_divergence),
     Peer("TRL from logits", 2, (1.5,), trl_from_logits, cuda=True, logits=True),
-    Peer("Liger from logits, forward only", 1, (0.5,), liger_from_logits, cuda=True, logits=True, forward_only=True),
+    Peer(
+        "Liger from logits, forward only",
+        1,
+        (0.5,),
+        liger_from_logits,
+        cuda=True,
+        logits=True,
+        forward_only=True,
+    ),
 )
 
 
 def reason(error: BaseException) -> str:
+    """An error in at most 90 characters."""
     text = first_line(error)
     return text if len(text) <= 90 else text[:87] + "..."
 
 
 def summed(forward: Forward) -> Step:
-    """A step of an op that is one number for all tokens: its gradients are of other weights, so none are compared."""
+    """A step of an op that returns one number for all tokens.
+
+    It has no outputs to compare: its gradients are those of another loss, with every weight 1.
+    """
+
     def step(x: Inputs, mark: Callable[[], None]) -> tuple[Outputs, Outputs]:
         (total,) = forward(x._replace(hidden=x.rows))
         mark()
@@ -197,30 +231,39 @@ def summed(forward: Forward) -> Step:
     return step
 
 
+def without_backward(forward: Forward) -> Step:
+    """A step of an op that has no backward pass."""
+
+    def step(x: Inputs, _: Callable[[], None]) -> tuple[Outputs, Outputs]:
+        return forward(x), ()
+
+    return step
+
+
 def peers(logits: bool, device: str, compiled: bool) -> list[Op]:
-    """Every peer for hidden states, or for logits; those that do not load here say why."""
-    found = []
-    for peer in PEERS:
-        if peer.logits != logits:
-            continue
-        try:
-            if peer.compiled and not compiled:
-                raise ImportError("not run without --compile")
-            forward = peer.load()  # "not installed" comes first
-            if peer.cuda and device != "cuda":
-                raise ImportError("needs CUDA")
-        except Exception as error:  # a peer may fail in any way
-            found.append(Op(peer.name, peer.outputs, peer.gemms, failed=reason(error)))
-            continue
-        step = None
-        if peer.scalar:
-            step = summed(forward)
-        elif peer.forward_only:
-            step = lambda x, _, forward=forward: (forward(x), ())  # noqa: E731
-        found.append(Op(peer.name, peer.outputs, peer.gemms, forward, step, compiled=peer.compiled))
-    return found
+    """Every peer for hidden states, or for logits. Those that do not load say why."""
+    selected = [peer for peer in PEERS if peer.logits == logits]
+    return [load_peer(peer, device, compiled) for peer in selected]
+
+
+def load_peer(peer: Peer, device: str, compiled: bool) -> Op:
+    """The op of a peer; one that does not run here says why."""
+    try:
+        if peer.compiled and not compiled:
+            raise ImportError("not run without --compile")
+        forward = peer.load()  # before the device: "not installed" is the better reason
+        if peer.cuda and device != "cuda":
+            raise ImportError("needs CUDA")
+    except Exception as error:  # a peer may fail in any way
+        return Op(peer.name, peer.outputs, peer.gemms, failed=reason(error))
+    step = None
+    if peer.scalar:
+        step = summed(forward)
+    elif peer.forward_only:
+        step = without_backward(forward)
+    return Op(peer.name, peer.outputs, peer.gemms, forward, step, compiled=peer.compiled)
 
 
 def installed() -> list[str]:
-    """Which of the peers' distributions are here."""
+    """The peers' distributions that are installed."""
     return [name for name in DISTRIBUTIONS if list(importlib.metadata.distributions(name=name))]

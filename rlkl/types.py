@@ -1,24 +1,30 @@
-"""What flows through a training step.
+"""What flows through a training step: examples, a batch of responses, and what a policy says of it.
 
-Shape letters, in every file:  N prompts, G samples per prompt, B = N·G rows ordered "(n g)",
-P prompt columns (left-padded), T reply columns (right-padded), D hidden size, V vocabulary.
-Every per-token tensor is (B, T) and **indexed by reply token**: column t is about the t-th token of the reply.
+Shape letters, in every file:
+
+    N prompts    G samples per prompt    B = N·G rows, ordered "(n g)"
+    P prompt columns (left-padded)       T response columns (right-padded)
+    D hidden size                        V vocabulary size
+
+Every per-token tensor is (B, T) and is **indexed by response token**: column t belongs to the t-th
+token of the response.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
 class Example:
-    """One problem: what the policy sees, and what its judge needs."""
+    """One problem: the prompt that the policy sees, and what the reward needs to know."""
 
     prompt: str | list[dict]  # raw text, or chat messages for the tokenizer's template
     answer: str = ""
@@ -26,50 +32,55 @@ class Example:
 
     @property
     def solution(self) -> str:
-        """A whole right reply: the answer, or info["solution"] where the bare answer is not one."""
+        """A complete correct response: `info["solution"]` where the bare answer is not one."""
         return self.info.get("solution", self.answer)
 
 
 class Head(NamedTuple):
-    """The unembedding: logits = softcap · tanh((h @ weight.T + bias) · scale / softcap), minus the padding ids."""
+    """The unembedding: logits = softcap · tanh((h @ weight.T + bias) · scale / softcap)."""
 
     weight: Tensor  # (V, D)
     bias: Tensor | None = None  # (V,)
     scale: float = 1.0
     softcap: float | None = None
-    vocab_size: int | None = None  # ids from here on are padding rows of the embedding: their logits are -inf
+    vocab_size: int | None = None  # ids from here on are padding rows: their logits are -inf
 
 
-class Sampling(NamedTuple):
-    """The uniform → token rule that every rollout backend shares."""
+class SamplingParams(NamedTuple):
+    """How a logits row and a uniform number become a token. Every rollout backend follows it."""
 
-    temperature: float = 1.0  # 0 = greedy, for evaluation and baselines; its log-probs are those of temperature 1
+    temperature: float = 1.0  # 0 = greedy; its log-probs are those of temperature 1
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
     vocab_size: int | None = None
-    top_k: int = 0  # evaluation only: a truncated sampling distribution biases the ratio
+    # For evaluation only: a truncated sampling distribution biases the importance ratio.
+    top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    stop: Callable[[list[int]], bool] | None = None  # evaluation only: do these ids of a reply hold a stop string?
+    stop: Callable[[list[int]], bool] | None = None  # do these ids contain a stop string?
 
 
-class Evaluation(NamedTuple):
-    """What a policy thinks of tokens that were already sampled; zero outside the mask. Log-probs in nats."""
+UNSET: Any = None  # a field that nothing has filled yet, or that this configuration leaves out
+
+
+class PolicyOutput(NamedTuple):
+    """What a policy says of tokens that were already sampled. Nats; zero outside the mask."""
 
     logprobs: Tensor  # (B, T) log pi(a_t | s_t), float32, of softmax(logits / batch.temperature)
-    entropy: Tensor  # (B, T) H[pi(. | s_t)]
+    entropy: Tensor  # (B, T) entropy of pi(. | s_t)
     values: Tensor | None = None  # (B, T) V(s_t); None without a critic
-    last_values: Tensor | None = None  # (B,) V after the last sampled token, for truncation = bootstrap
-    kl_pi_ref: Tensor | None = None  # (B, T) exact KL(pi || ref) at s_t; None unless a reference is given
-    kl_ref_pi: Tensor | None = None  # (B, T) exact KL(ref || pi) at s_t
+    last_values: Tensor | None = None  # (B,) V after the last token, for truncation=bootstrap
+    kl_pi_ref: Tensor = UNSET  # (B, T) exact KL(pi || ref) at s_t; None without a reference
+    kl_ref_pi: Tensor = UNSET  # (B, T) exact KL(ref || pi) at s_t
 
 
 @dataclass(eq=False)
 class Batch:
-    """Everything a gradient step may read, filled from top to bottom by train.py.
+    """Everything an optimizer step may read. train.py fills it, roughly from top to bottom.
 
-    Every field is checked against the mask's shape as it is set (ValueError names the field), and every float per-token
-    tensor is set to 0 outside the mask, so that nothing behind the mask can leak through inf · 0.
+    It is a plain dataclass: what is assigned is what is stored. A field that nothing has filled is
+    None. `fill` is the one place that checks shapes and sets floats to 0 outside the mask, so that
+    padding cannot leak through inf · 0.
     """
 
     prompt_ids: Tensor  # (B, P) long
@@ -77,99 +88,139 @@ class Batch:
     response_ids: Tensor  # (B, T) long
     mask: Tensor  # (B, T) bool, True on every sampled token *including the EOS*
     sampler_logprobs: Tensor  # (B, T) under the distribution that was actually sampled from
-    truncated: Tensor  # (B,) bool, ran out of room before an EOS
-    temperature: float = 1.0  # set by the sampler, read by every scorer: they cannot differ
-    old_logprobs: Tensor | None = None  # (B, T) pi_old, by the training forward pass
-    ref_logprobs: Tensor | None = None  # (B, T) the frozen reference
-    values: Tensor | None = None  # (B, T) V_old
-    rewards: Tensor | None = None  # (B, T) what each token is paid
-    advantages: Tensor | None = None  # (B, T)
-    returns: Tensor | None = None  # (B, T) value targets
-    weights: Tensor | None = None  # (B, T) loss = (weights * per_token)[mask].sum()
-    old_entropy: Tensor | None = None  # (B, T)
-    selected: Tensor | None = None  # (B, T) bool, the tokens a selector picked
-    ref_states: Tensor | None = None  # (B, T, D) the reference's final hidden states, for exact KL
+    truncated: Tensor  # (B,) bool, True where the response ran out of room before an EOS
+    temperature: float = 1.0  # set by the sampler and read by every scorer, so they cannot differ
+    scores: Tensor = UNSET  # (B,) what the reward gave, NaN where it gave none
+    old_logprobs: Tensor = UNSET  # (B, T) under pi_old, by the training forward pass
+    old_entropy: Tensor = UNSET  # (B, T) of pi_old
+    ref_logprobs: Tensor = UNSET  # (B, T) under the frozen reference
+    ref_states: Tensor = UNSET  # (B, T, D) the reference's final hidden states, for exact KL
+    values: Tensor = UNSET  # (B, T) V of the critic before the update
+    last_values: Tensor = UNSET  # (B,) V after the last token
+    baseline: Tensor = UNSET  # (B, T) score of the prompt's greedy response (remax)
+    rewards: Tensor = UNSET  # (B, T) what each token is paid
+    advantages: Tensor = UNSET  # (B, T)
+    returns: Tensor = UNSET  # (B, T) targets of the values
+    weights: Tensor = UNSET  # (B, T) loss = (weights * per_token)[mask].sum()
+    selected: Tensor = UNSET  # (B, T) bool, the tokens that a selector picked
 
-    def __post_init__(self) -> None:
-        for f in fields(self):  # the fields set before the mask could not be checked then
-            setattr(self, f.name, getattr(self, f.name))
+    def fill(self, **tensors: Tensor | None) -> None:
+        """Store tensors by field name, floats as 0 outside the mask. None leaves a field as it is.
 
-    def __setattr__(self, name: str, value: object) -> None:
-        mask = self.__dict__.get("mask") if name != "mask" else None
-        if isinstance(value, Tensor) and mask is not None:
-            value = self._fit(name, value, mask)
-        object.__setattr__(self, name, value)
+        Raises ValueError where a shape does not fit the mask.
+        """
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                setattr(self, name, self._masked(name, tensor))
 
-    def _fit(self, name: str, value: Tensor, mask: Tensor) -> Tensor:
-        prompt = (len(mask), *self.prompt_ids.shape[1:2])
-        want = {"truncated": mask.shape[:1], "prompt_ids": prompt, "prompt_mask": prompt}.get(name, mask.shape)
-        free = value.shape[2:3] if name == "ref_states" else ()  # D
-        if value.shape != (*want, *free):
-            raise ValueError(f"Batch.{name}: shape {*value.shape,}, expected {*want,}; the mask is {*mask.shape,}")
-        if value.is_floating_point() and value.dim() > 1:
-            return value.masked_fill(~(mask if value.dim() == 2 else mask[..., None]), 0.0)
-        return value
+    def zero_padding(self) -> None:
+        """Check the shapes of all per-token floats, and set them to 0 outside the mask."""
+        self.fill(**{n: x for n, x in self.tensors().items() if x.is_floating_point()})
+
+    def _masked(self, name: str, tensor: Tensor) -> Tensor:
+        rows, columns = self.mask.shape
+        per_row = name in ("truncated", "scores", "last_values")
+        expected = (rows,) if per_row else (rows, columns)
+        if tensor.shape[:2] != expected or (tensor.dim() > 2 and name != "ref_states"):
+            raise ValueError(
+                f"Batch.{name}: shape {tuple(tensor.shape)}, expected {expected}, as the mask is "
+                f"{tuple(self.mask.shape)}"
+            )
+        if not tensor.is_floating_point() or tensor.dim() == 1:
+            return tensor
+        inside = self.mask if tensor.dim() == 2 else self.mask[..., None]
+        return tensor.masked_fill(~inside, 0.0)
 
     def __len__(self) -> int:
         return len(self.mask)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that are filled in, by name."""
-        return {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        """The fields that hold a tensor, by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: x for name, x in values.items() if isinstance(x, Tensor)}
 
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Batch:
         return replace(self, **{name: x[rows] for name, x in self.tensors().items()})
 
     @property
     def attended(self) -> Tensor:
-        """(B, T) bool: every column up to a row's last sampled token is context; what lies behind is padding."""
+        """(B, T) bool: True up to a row's last sampled token. What lies behind it is padding."""
         return self.mask.flip(1).cummax(1).values.flip(1)
 
-    def replies(self) -> list[list[int]]:
-        """The ids of each reply, without padding."""
-        return [ids[said].tolist() for ids, said in zip(self.response_ids.cpu(), self.mask.cpu(), strict=True)]
+    def responses(self) -> list[list[int]]:
+        """The token ids of each response, without padding."""
+        rows = zip(self.response_ids.cpu(), self.mask.cpu(), strict=True)
+        return [ids[sampled].tolist() for ids, sampled in rows]
 
-    def shuffle(self, generator: torch.Generator) -> Batch:
-        """The rows in a random order."""
-        return self[torch.randperm(len(self), generator=generator).to(self.mask.device)]
+    def without_rows(self, rows: Tensor) -> Batch:
+        """The batch with no token in these rows, (B,) bool: their group is smaller from here on."""
+        batch = replace(self, mask=self.mask & ~rows[:, None])
+        batch.zero_padding()
+        return batch
 
-    def split(self, size: int) -> Iterator[Batch]:
-        """Consecutive batches of `size` rows, the last one perhaps smaller."""
-        return (self[i : i + size] for i in range(0, len(self), size))
+    def drop_zero_variance(self, group_size: int) -> Batch:
+        """The rows of groups whose scores differ (DAPO, arXiv:2503.14476, eq. 11), trimmed.
 
-    def microbatches(self, max_tokens: int) -> Iterator[tuple[list[int], Batch]]:
-        """Longest rows first, trimmed, at most `max_tokens` padded positions each (one row at least): (rows, batch)."""
-        prompts, replies = (x.sum(1).clamp_min(1).tolist() for x in (self.prompt_mask, self.attended))
-        rows, width = [], (0, 0)
-        for i in sorted(range(len(self)), key=lambda i: -(prompts[i] + replies[i])):
-            wider = (max(width[0], prompts[i]), max(width[1], replies[i]))
-            if rows and (len(rows) + 1) * sum(wider) > max_tokens:
-                yield rows, self[rows].trim()
-                rows, wider = [], (prompts[i], replies[i])
-            rows, width = [*rows, i], wider
-        yield rows, self[rows].trim()
+        A group of equal scores has no advantage, yet costs a forward and a backward pass. NaN means
+        no score. If every group has zero variance, all rows are kept: a batch cannot be empty.
+        """
+        rows = nonzero_variance(self.scores, group_size)
+        return self[rows if rows.any() else torch.ones_like(rows)].trim()
 
     def trim(self) -> Batch:
-        """Drop the columns that no row uses: padding on the left of prompts and on the right of replies."""
+        """Drop the columns that no row uses: left of the prompts and right of the responses."""
         first = self.prompt_ids.shape[1] - max(int(self.prompt_mask.sum(1).max()), 1)
         last = max(int(self.attended.sum(1).max()), 1)
-        wide = {name: x for name, x in self.tensors().items() if x.dim() > 1}
-        return replace(self, **{n: x[:, first:] if n.startswith("prompt") else x[:, :last] for n, x in wide.items()})
+        trimmed = {
+            name: x[:, first:] if name.startswith("prompt") else x[:, :last]
+            for name, x in self.tensors().items()
+            if x.dim() > 1
+        }
+        return replace(self, **trimmed)
 
     @staticmethod
     def cat(batches: Sequence[Batch], pad_id: int = 0) -> Batch:
-        """Join rows of several batches, padding prompts on the left and replies on the right to the widest."""
-        if len({b.temperature for b in batches}) > 1:
-            raise ValueError(f"Batch.cat: temperatures differ: {sorted({b.temperature for b in batches})}")
-        widest = {p: max(getattr(b, p).shape[1] for b in batches) for p in ("prompt_ids", "mask")}
+        """Join the rows of several batches, padding prompts on the left and responses on the right.
 
-        def pad(name: str, x: Tensor) -> Tensor:
+        Raises ValueError where their temperatures differ.
+        """
+        if len({b.temperature for b in batches}) > 1:
+            different = sorted({b.temperature for b in batches})
+            raise ValueError(f"Batch.cat: temperatures differ: {different}")
+        prompt_columns = max(b.prompt_ids.shape[1] for b in batches)
+        response_columns = max(b.mask.shape[1] for b in batches)
+
+        def widen(name: str, x: Tensor) -> Tensor:
             if x.dim() == 1:
                 return x
-            prompt = name.startswith("prompt")
-            extra = widest["prompt_ids" if prompt else "mask"] - x.shape[1]
-            shape = (0, 0) * (x.dim() - 2) + ((extra, 0) if prompt else (0, extra))
-            return F.pad(x, shape, value=pad_id if name.endswith("_ids") else 0)
+            if name.startswith("prompt"):
+                padding = (prompt_columns - x.shape[1], 0)
+            else:
+                padding = (0, response_columns - x.shape[1])
+            other_axes = (0, 0) * (x.dim() - 2)
+            value = pad_id if name.endswith("_ids") else 0
+            return F.pad(x, other_axes + padding, value=value)
 
-        joined = {name: torch.cat([pad(name, getattr(b, name)) for b in batches]) for name in batches[0].tensors()}
+        names = batches[0].tensors()
+        joined = {
+            name: torch.cat([widen(name, getattr(b, name)) for b in batches]) for name in names
+        }
         return replace(batches[0], **joined)
+
+
+class Rollout(NamedTuple):
+    """G responses to each of N prompts, scored."""
+
+    responses: Batch  # all responses to the step's N prompts: what the metrics describe
+    batch: Batch  # those that are trained on
+    score_parts: dict[str, Tensor]  # (B,) each, by the name of the reward or of its part
+    sample: dict[str, Any]  # one prompt, its response and its score, to look at
+    metrics: dict[str, float]  # beside those of `responses`
+
+
+def nonzero_variance(scores: Tensor, group_size: int) -> Tensor:
+    """(B,) bool: the rows of groups whose scores differ. NaN means no score."""
+    groups = rearrange(scores, "(n g) -> n g", g=group_size)
+    highest = groups.nan_to_num(-torch.inf).amax(1)
+    lowest = groups.nan_to_num(torch.inf).amin(1)
+    return repeat(highest > lowest, "n -> (n g)", g=group_size)

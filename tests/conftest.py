@@ -12,6 +12,10 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    """For tests/contract.py: one loss, advantage, KL, reward or task of your own, instead of every built-in one."""
+    """For tests/contract.py: a loss, advantage, KL, reward or task of your own."""
     for kind in ("loss", "advantage", "kl", "reward", "task"):
-        parser.addoption(f"--{kind}", metavar="FILE.py:FUNCTION", help=f"the {kind} that tests/contract.py checks")
+        parser.addoption(
+            f"--{kind}",
+            metavar="FILE.py:FUNCTION",
+            help=f"the {kind} that tests/contract.py checks",
+        )

@@ -1,7 +1,8 @@
-"""`make crash`: kill -9 at 20 random moments, resumed each time, against an uninterrupted run, bit for bit.
+"""`make crash`: a run killed with kill -9 at 20 random moments equals an uninterrupted one.
 
-The moments are spread over the whole run: while Python starts, inside a step, while a checkpoint is being written.
-Exit code 1 if anything but clocks and memory differs.
+It is resumed after each kill. The moments are spread over the whole run: while Python starts,
+inside a step, while a checkpoint is written. The exit code is 1 if one bit differs, except in
+clocks and memory.
 """
 
 from __future__ import annotations
@@ -24,16 +25,26 @@ LIMIT = 120.0  # seconds without a new step: something hangs
 
 
 def start(folder: Path, base: Path) -> subprocess.Popen:
-    """A run into `folder`, or what is left of it continued: a kill before its config was written starts anew."""
+    """A new run into `folder`, or the one there resumed, if its config was written."""
     if (folder / "config.yaml").exists():
         argv = [f"resume={folder.name}"]
     else:
         shutil.rmtree(folder, ignore_errors=True)
-        options = (f"optim.steps={STEPS}", "checkpoint.every=2", "eval.every=5", "sampling.prompts=16")
+        options = (
+            f"optim.steps={STEPS}",
+            "checkpoint.every=2",
+            "eval.every=5",
+            "sampling.prompts=16",
+        )
         argv = arguments(base, *PPO, *options, f"run={folder.name}")
     command = [sys.executable, str(ROOT / "train.py"), *argv]
     return subprocess.Popen(
-        command, cwd=folder.parent, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=folder.parent,
+        env=os.environ,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -48,54 +59,66 @@ def saving(folder: Path) -> bool:
 
 def saved(folder: Path) -> int:
     """The step of the newest complete checkpoint."""
-    return max((int(p.name.removeprefix("step-")) for p in (folder / "checkpoints").glob("step-*")), default=0)
+    names = [path.name for path in (folder / "checkpoints").glob("step-*")]
+    return max((int(name.removeprefix("step-")) for name in names), default=0)
 
 
-def touched(folder: Path) -> int:
+def last_written(folder: Path) -> int:
+    """When the metrics were written, in nanoseconds."""
     metrics = folder / "metrics.jsonl"
     return metrics.stat().st_mtime_ns if metrics.exists() else 0
 
 
-def kill_somewhere(process: subprocess.Popen, folder: Path, after: int, clock: tuple, rng: random.Random) -> str:
-    """kill -9 at a random moment, if possible after step `after`; `clock`: seconds of a start and of a step.
+def kill_somewhere(
+    process: subprocess.Popen,
+    folder: Path,
+    after: int,
+    start_seconds: float,
+    step_seconds: float,
+    rng: random.Random,
+) -> str:
+    """kill -9 at a random moment, if possible after step `after`.
 
     Returns what it hit: the start, a step, a checkpoint, or (too late) the end.
     """
     kind = rng.choices(("start", "step", "checkpoint"), (0.2, 0.4, 0.4))[0]
-    begun, old, after = time.monotonic(), touched(folder), max(after, saved(folder))
-    moment = begun + rng.uniform(0, clock[0])
+    begun, old = time.monotonic(), last_written(folder)
+    after = max(after, saved(folder))
+    moment = begun + rng.uniform(0, start_seconds)
     while process.poll() is None:
         now = time.monotonic()
         if kind == "start" and now >= moment:
             break
-        if touched(folder) != old and steps(folder) > after:  # it has found its checkpoint, and gone on
-            if kind == "step":
-                time.sleep(rng.uniform(0, clock[1]))
-                break
-            if kind == "checkpoint" and saving(folder):
-                time.sleep(rng.uniform(0, 0.02))  # somewhere in it
-                break
+        resumed = last_written(folder) != old and steps(folder) > after
+        if resumed and kind == "step":
+            time.sleep(rng.uniform(0, step_seconds))
+            break
+        if resumed and kind == "checkpoint" and saving(folder):
+            time.sleep(rng.uniform(0, 0.02))  # somewhere in it
+            break
         if now - begun > LIMIT:
             process.kill()
             raise SystemExit(f"no step in {LIMIT:.0f} s")
         time.sleep(0.001)
-    ended = process.poll() is not None
-    hit = "end" if ended else "checkpoint" if saving(folder) else kind
+    if process.poll() is not None:
+        finish(process)
+        return "end"
+    hit = "checkpoint" if saving(folder) else kind
     process.send_signal(signal.SIGKILL)
-    _, said = process.communicate()
-    if ended and process.returncode:
-        raise SystemExit(f"a resumed run failed with code {process.returncode}:\n{said}")
+    process.communicate()
     return hit
 
 
 def finish(process: subprocess.Popen) -> None:
-    _, said = process.communicate()
+    """Wait for a run to end. SystemExit if it failed."""
+    _, stderr = process.communicate()
     if process.returncode:
-        raise SystemExit(f"a run failed with code {process.returncode}:\n{said}")
+        raise SystemExit(f"a run failed with code {process.returncode}:\n{stderr}")
 
 
 def main() -> int:
-    rng, started, hits = random.Random(SEED), time.monotonic(), Counter()
+    rng, started = random.Random(SEED), time.monotonic()
+    hits: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as scratch:
         here = Path(scratch)
         furnish(here)
@@ -104,11 +127,12 @@ def main() -> int:
         begun, process = time.monotonic(), start(whole, base)
         while steps(whole) < 1 and process.poll() is None:
             time.sleep(0.01)
-        start_up = time.monotonic() - begun
+        start_seconds = time.monotonic() - begun
         finish(process)
-        clock = (start_up, sum(row["seconds"] for row in rows(whole)) / STEPS)
+        step_seconds = sum(row["seconds"] for row in rows(whole)) / STEPS
         for kill in range(KILLS):
-            hits[kill_somewhere(start(killed, base), killed, STEPS * kill // (KILLS + 1), clock, rng)] += 1
+            process, after = start(killed, base), STEPS * kill // (KILLS + 1)
+            hits[kill_somewhere(process, killed, after, start_seconds, step_seconds, rng)] += 1
         finish(start(killed, base))
         different = differences(whole, killed)
         numbers = [row["step"] for row in rows(killed)]

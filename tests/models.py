@@ -1,7 +1,8 @@
 """Tiny random causal LMs of many architectures, and ragged batches for them. A helper, not a test.
 
-Freshly initialised models are nearly uniform and nearly blind to their context, and their biases are 0: a forgotten
-scale, bias, position or attention mask would not show. Here every weight is drawn large enough to matter.
+A freshly initialised model is nearly uniform and nearly blind to its context, and its biases are 0:
+a forgotten scale, bias, position or attention mask would not show. Here every weight is large
+enough to matter.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ from transformers import (
     SmolLM3Config,
 )
 
-from rlkl.model import CriticKind, Policy, left_pad
-from rlkl.types import Batch, Sampling
+from rlkl.policy.critic import CriticKind
+from rlkl.policy.policy import Policy
+from rlkl.rollout.sampling import left_pad
+from rlkl.types import Batch, SamplingParams
 
 ROWS = 97  # of the embedding
-VOCAB = 90  # of the tokenizer: the ids from here on are padding rows, which no score and no sample may see
-EOS = (3, 11, 23, 37, 50, 51, 64, 78)  # a *set*, as large models declare it; large, so that short replies do end
+VOCAB = 90  # of the tokenizer: later ids are padding rows, which no score and no sample may see
+# Several EOS ids, as large models declare them; so many, so that short responses do end.
+EOS = (3, 11, 23, 37, 50, 51, 64, 78)
 
 COMMON = {
     "vocab_size": ROWS,
@@ -47,26 +51,33 @@ COMMON = {
     "eos_token_id": EOS[0],
     "pad_token_id": 0,
 }
-GPT2 = {"vocab_size": ROWS, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 128}
+SLIDING = {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 12}
+GPT2 = {
+    "vocab_size": ROWS,
+    "n_embd": 48,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "bos_token_id": 1,
+    "eos_token_id": EOS[0],
+}
 CONFIGS = {
     "llama": (LlamaConfig, COMMON),
     "tied": (LlamaConfig, COMMON | {"tie_word_embeddings": True}),
     "qwen2": (Qwen2Config, COMMON),  # biases in the attention
     "qwen3": (Qwen3Config, COMMON | {"head_dim": 16}),
     "gemma": (GemmaConfig, COMMON | {"head_dim": 12}),  # tied, embedding scaled by sqrt(D)
-    "gemma2": (  # soft-capped logits, sliding window
-        Gemma2Config,
-        COMMON | {"head_dim": 12, "sliding_window": 6, "final_logit_softcapping": 4.0, "query_pre_attn_scalar": 12},
-    ),
+    # soft-capped logits, sliding window
+    "gemma2": (Gemma2Config, COMMON | SLIDING | {"final_logit_softcapping": 4.0}),
     "granite": (GraniteConfig, COMMON | {"logits_scaling": 1.6}),
-    "gpt2": (GPT2Config, GPT2 | {"bos_token_id": 1, "eos_token_id": EOS[0]}),  # learned positions, dropout
+    "gpt2": (GPT2Config, GPT2),  # learned positions, dropout
     "cohere": (CohereConfig, COMMON | {"logit_scale": 1.7}),
     "phi": (PhiConfig, COMMON | {"num_key_value_heads": 4}),  # bias in the unembedding
     "mistral": (MistralConfig, COMMON | {"sliding_window": 6}),
-    "gemma3": (  # layers that slide and layers that do not, rotary embeddings of their own
+    # one layer with a sliding window and one without, each with its own rotary embedding
+    "gemma3": (
         Gemma3TextConfig,
-        COMMON | {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 12,
-                  "layer_types": ["sliding_attention", "full_attention"]},
+        COMMON | SLIDING | {"layer_types": ["sliding_attention", "full_attention"]},
     ),
     "phi3": (Phi3Config, COMMON),
     "olmo2": (Olmo2Config, COMMON),
@@ -76,15 +87,21 @@ CONFIGS = {
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [4]]
 
 
-def causal_lm(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, spread: float = 0.2) -> PreTrainedModel:
-    """The same weights for the same (name, seed), also across dtypes; `spread` 0.2 gives logits of about ±1.5."""
+def causal_lm(
+    name: str, dtype: torch.dtype = torch.float32, seed: int = 0, spread: float = 0.2
+) -> PreTrainedModel:
+    """A model of its own in eval mode; the same weights for the same (name, seed) in every dtype.
+
+    spread: standard deviation of the weights; 0.2 gives logits of about ±1.5.
+    """
     kind, options = CONFIGS[name]
     with torch.random.fork_rng(devices=[]):
         lm = AutoModelForCausalLM.from_config(kind(**options))
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in lm.parameters():
-            p.copy_(spread * torch.randn(p.shape, generator=g) + (0 if p.dim() > 1 else p))  # norms stay around 1
+            mean = 0 if p.dim() > 1 else p  # the weights of norms stay around 1
+            p.copy_(spread * torch.randn(p.shape, generator=g) + mean)
     return lm.to(dtype).eval()
 
 
@@ -97,7 +114,7 @@ def tiny_policy(
     seed: int = 0,
     spread: float = 0.2,
 ) -> Policy:
-    """A policy in eval mode; its critic, if any, has a random head instead of the zero one it starts with."""
+    """A policy in eval mode. A critic has a random head instead of the zero one it starts with."""
     policy = Policy(causal_lm(name, dtype, seed, spread), critic, vocab_size)
     if policy.critic is not None:
         g = torch.Generator().manual_seed(seed + 1)
@@ -108,35 +125,61 @@ def tiny_policy(
 
 
 def prompts(groups: int = 1, extra: int = 0) -> tuple[Tensor, Tensor]:
-    """Three ragged prompts, left-padded, each `groups` times in a row, with `extra` more columns of padding."""
+    """(ids, mask) of three ragged prompts, each repeated `groups` times, left-padded.
+
+    extra: further columns of padding.
+    """
     ids, mask = left_pad([p for p in PROMPTS for _ in range(groups)], 0)
     pad = ids.new_zeros(len(ids), extra)
     return torch.cat([pad, ids], 1), torch.cat([pad.bool(), mask], 1)
 
 
 def uniforms(rows: int, columns: int, seed: int = 1) -> Tensor:
-    return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    """(rows, columns) float64 in [0, 1)."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, columns, generator=g, dtype=torch.float64)
 
 
-def rule(temperature: float = 1.0, **changes) -> Sampling:
-    return Sampling(temperature, **({"eos_ids": EOS, "pad_id": 0, "vocab_size": VOCAB} | changes))
+def sampling_params(temperature: float = 1.0, **changes) -> SamplingParams:
+    """The sampling parameters that fit the models here."""
+    defaults = {"eos_ids": EOS, "pad_id": 0, "vocab_size": VOCAB}
+    return SamplingParams(temperature, **(defaults | changes))
 
 
-def forced(rows: list[tuple[list[int], list[int]]], temperature: float = 1.0, pad: int = 0, extra=(0, 0)) -> Batch:
-    """(prompt, reply) token lists → a batch as a sampler would give it, padded with `pad` and `extra` columns more."""
-    left, right = (max(len(row[i]) for row in rows) + extra[i] for i in (0, 1))
-    prompt = torch.tensor([[pad] * (left - len(p)) + p for p, _ in rows])
-    prompt_mask = torch.tensor([[False] * (left - len(p)) + [True] * len(p) for p, _ in rows])
-    reply = torch.tensor([r + [pad] * (right - len(r)) for _, r in rows])
-    mask = torch.tensor([[True] * len(r) + [False] * (right - len(r)) for _, r in rows])
-    zeros = torch.zeros(mask.shape)
-    return Batch(prompt, prompt_mask, reply, mask, zeros, torch.zeros(len(rows), dtype=torch.bool), temperature)
+def forced(
+    rows: list[tuple[list[int], list[int]]], temperature: float = 1.0, pad: int = 0, extra=(0, 0)
+) -> Batch:
+    """A batch of given (prompt, response) token lists, as a sampler would return it.
+
+    pad: the id in the padding. extra: further columns of padding, left and right.
+    """
+    prompt_columns = max(len(prompt) for prompt, _ in rows) + extra[0]
+    response_columns = max(len(response) for _, response in rows) + extra[1]
+    prompt_ids, prompt_mask, response_ids, mask = [], [], [], []
+    for prompt, response in rows:
+        before = prompt_columns - len(prompt)
+        after = response_columns - len(response)
+        prompt_ids.append([pad] * before + prompt)
+        prompt_mask.append([False] * before + [True] * len(prompt))
+        response_ids.append(response + [pad] * after)
+        mask.append([True] * len(response) + [False] * after)
+    return Batch(
+        torch.tensor(prompt_ids),
+        torch.tensor(prompt_mask),
+        torch.tensor(response_ids),
+        torch.tensor(mask),
+        sampler_logprobs=torch.zeros(len(rows), response_columns),
+        truncated=torch.zeros(len(rows), dtype=torch.bool),
+        temperature=temperature,
+    )
 
 
 def ragged(seed: int = 0) -> list[tuple[list[int], list[int]]]:
-    """Four (prompt, reply) pairs of random ids, from length 1 to past every sliding window in CONFIGS."""
+    """Four (prompt, response) pairs of random ids; one is longer than every sliding window here."""
     g = torch.Generator().manual_seed(seed)
-    return [
-        tuple(torch.randint(VOCAB, (n,), generator=g).tolist() for n in lengths)
-        for lengths in ((3, 5), (7, 1), (1, 12), (2, 4))
-    ]
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(VOCAB, (count,), generator=g).tolist()
+
+    lengths = ((3, 5), (7, 1), (1, 12), (2, 4))
+    return [(ids(prompt), ids(response)) for prompt, response in lengths]

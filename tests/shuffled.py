@@ -1,6 +1,7 @@
-"""Controls for `make learn`: the real advantages, given to the wrong replies. What still learns, learns from a leak.
+"""Controls for `make learn`: the real advantages, given to other responses.
 
-`advantage.name=tests/shuffled.py:grpo`. The order comes from torch's global generator, seeded at each step.
+A run with `advantage.name=tests/shuffled.py:grpo` learns nothing, unless something leaks. The order
+comes from torch's global generator, which is seeded at each step.
 """
 
 from __future__ import annotations
@@ -10,22 +11,28 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlkl import advantages
+from rlkl import advantages as estimators
 
 
-def shuffled(found: Tensor, mask: Tensor) -> Tensor:
-    """(B, T) advantages with their rows permuted, on the tokens that the receiving reply has."""
+def shuffled(advantages: Tensor, mask: Tensor) -> Tensor:
+    """(B, T) advantages with their rows permuted, on the tokens that the receiving response has."""
     order = torch.randperm(len(mask)).to(mask.device)
-    return found[order].masked_fill(~mask, 0.0)
+    return advantages[order].masked_fill(~mask, 0.0)
 
 
 def grpo(
-    rewards: Tensor, values: Tensor | None, mask: Tensor, *, group_size: int, scale: Literal["group", "batch"] = "group"
-) -> advantages.Credit:
-    """One number per reply: it is carried to another reply, and spread over that one's tokens."""
-    found, returns = advantages.grpo(rewards, values, mask, group_size=group_size, scale=scale)
-    first = mask.long().argmax(1, keepdim=True)  # the advantage of a reply stands on each of its tokens
-    return shuffled(found.gather(1, first).expand(mask.shape), mask), returns
+    rewards: Tensor,
+    values: Tensor | None,
+    mask: Tensor,
+    *,
+    group_size: int,
+    scale: Literal["group", "batch"] = "group",
+) -> estimators.Advantages:
+    """The one number of each response goes to another response, on all of that one's tokens."""
+    advantages, returns = estimators.grpo(rewards, values, mask, group_size=group_size, scale=scale)
+    first = mask.long().argmax(1, keepdim=True)  # any token would do: they have the same advantage
+    per_row = advantages.gather(1, first)
+    return shuffled(per_row.expand(mask.shape), mask), returns
 
 
 def gae(
@@ -39,8 +46,14 @@ def gae(
     lam_critic: float | None = None,
     lam_alpha: float = 0.0,
     whiten: bool = True,
-) -> advantages.Credit:
+) -> estimators.Advantages:
     """Token by token; the critic keeps its own targets."""
-    options = {"gamma": gamma, "lam": lam, "lam_critic": lam_critic, "lam_alpha": lam_alpha, "whiten": whiten}
-    found, returns = advantages.gae(rewards, values, mask, group_size=group_size, **options)
-    return shuffled(found, mask), returns
+    options = {
+        "gamma": gamma,
+        "lam": lam,
+        "lam_critic": lam_critic,
+        "lam_alpha": lam_alpha,
+        "whiten": whiten,
+    }
+    advantages, returns = estimators.gae(rewards, values, mask, group_size=group_size, **options)
+    return shuffled(advantages, mask), returns

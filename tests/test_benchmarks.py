@@ -1,4 +1,4 @@
-"""benchmarks/logprobs.py at tiny shapes: every op runs or says why not, every number that can be checked is right."""
+"""The benchmarks at tiny shapes: every op runs or says why not, and the numbers can be trusted."""
 
 from __future__ import annotations
 
@@ -13,11 +13,21 @@ from benchmarks.logprobs import QUICK, SHAPES, Live, first, inputs
 from rlkl.rollout import cached, engine
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------ log-probs
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict:
-    out, threads = tmp_path_factory.mktemp("bench") / "found.json", torch.get_num_threads()
+    """What `python -m benchmarks.logprobs --quick` writes."""
+    out = tmp_path_factory.mktemp("bench") / "logprobs.json"
+    threads = torch.get_num_threads()
     logprobs.main(["--quick", "--out", str(out)])
     torch.set_num_threads(threads)
     return json.loads(out.read_text())
@@ -28,31 +38,45 @@ def test_every_op_is_measured_or_says_why_not(results):
         for row in results["shapes"][name]["ops"]:
             assert row.get("failed") or (row["both"] > 0 and row["to_naive"] > 0), row
     measured = {row["op"] for row in results["shapes"]["Q1"]["ops"] if "failed" not in row}
-    assert {"naive", "rlkl reference", "rlkl tiled", "rlkl tiled, kept logits", "rlkl tiled, head chunks",
-            "rlkl tiled, frozen head"} <= measured
+    expected = {
+        "naive",
+        "rlkl reference",
+        "rlkl tiled",
+        "rlkl tiled, kept logits",
+        "rlkl tiled, head chunks",
+        "rlkl tiled, frozen head",
+    }
+    assert expected - measured == set()
     assert results["not_measured"] == ([] if torch.cuda.is_available() else logprobs.GPU)
 
 
-def test_errors_are_those_of_float32_and_of_bf16_operands(results):
-    for name, gradients in (("Q1", 1e-5), ("Q2", 2e-2)):
+def test_the_errors_of_our_ops_are_those_of_float32_and_of_bfloat16_operands(results):
+    for name, max_gradient_error in (("Q1", 1e-5), ("Q2", 2e-2)):
         for row in results["shapes"][name]["ops"]:
-            if row["op"].startswith("rlkl") and "failed" not in row:
-                assert max(row.get(f"{key}_max", 0) for key in ("logprob", "entropy", "kl")) < 1e-5, row
-                assert max(row.get(key, 0) for key in ("dh", "dw")) < gradients, row
+            if not row["op"].startswith("rlkl") or "failed" in row:
+                continue
+            nats = [row[f"{key}_max"] for key in logprobs.ERRORS if f"{key}_max" in row]
+            gradients = [row[key] for key in ("dh", "dw") if key in row]
+            assert max(nats) < 1e-5, row
+            assert max(gradients) < max_gradient_error, row
 
 
-def test_a_wrong_op_is_seen_to_be_wrong():
+def test_the_errors_of_a_wrong_op_are_its_errors():
     x = inputs(SHAPES["Q1"], "cpu", 0)
-    right = ops.naive(2)
-    truth = logprobs.step(ops.Op("", 2, (), right), first(x, 99, torch.float64), lambda: None)
-    wrong = ops.Op("", 2, (), lambda x: (right(x)[0] + 0.5, right(x)[1] * 2))
-    found = logprobs.errors(wrong, x, truth)
-    assert found["logprob_mean"] == pytest.approx(0.5, abs=1e-4)
-    assert found["entropy_max"] > 0.1
-    assert found["dw"] > 0.1
+    naive = ops.naive(2)
+
+    def wrong(x: ops.Inputs) -> ops.Outputs:
+        logprob, entropy = naive(x)
+        return logprob + 0.5, entropy * 2
+
+    truth = logprobs.naive_truth(2, first(x, 99, torch.float64))
+    row = logprobs.errors(ops.Op("", 2, (), wrong), x, truth)
+    assert row["logprob_mean"] == pytest.approx(0.5, abs=1e-4)
+    assert row["entropy_max"] > 0.1
+    assert row["dw"] > 0.1
 
 
-def test_live_counts_what_is_held_at_once():
+def test_live_counts_the_bytes_that_are_held_at_once():
     x = torch.zeros(1000)
     with Live((x,)) as live:
         a = x + 1
@@ -63,44 +87,47 @@ def test_live_counts_what_is_held_at_once():
     assert c.sum() == 3000
 
 
-def test_a_peer_that_is_not_there_is_a_row_that_says_so(monkeypatch):
+def test_a_peer_that_is_not_installed_is_a_row_that_says_so(monkeypatch):
     def missing():
         raise ImportError("No module named 'elsewhere'")
 
-    monkeypatch.setattr(peers, "PEERS", (peers.Peer("elsewhere", 1, peers.PLAIN, missing),))
+    monkeypatch.setattr(peers, "PEERS", (peers.Peer("elsewhere", 1, ops.PLAIN, missing),))
     assert peers.peers(False, "cpu", False)[0].failed == "No module named 'elsewhere'"
 
 
-def test_the_table_of_the_docs_is_the_measured_one():
-    page, found = ((ROOT / name).read_text(encoding="utf-8") for name in (
-        "docs/logprobs.md", "benchmarks/results/logprobs-cpu.json"))
-    shapes = {name: {row["op"]: row for row in shape["ops"] if row["outputs"] == 2 and "failed" not in row}
-              for name, shape in json.loads(found)["shapes"].items()}
-    table = page.split("| float32: time")[1].split("\n\n")[0].splitlines()[2:]
+def test_the_table_of_the_page_about_logprobs_is_the_measured_one():
+    measured = json.loads((RESULTS / "logprobs-cpu.json").read_text(encoding="utf-8"))
+    by_op = {
+        shape: {row["op"]: row for row in measured["shapes"][shape]["ops"] if row["outputs"] == 2}
+        for shape in ("C1", "C2")
+    }
+    table = page("logprobs.md").split("| float32: time")[1].split("\n\n")[0].splitlines()[2:]
     assert len(table) == 7
     for line in table:
-        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        rows = [shapes[shape][name] for shape in ("C1", "C2")]
-        assert cells == [text for row in rows for text in (
-            f"{row['to_naive']:.2f}", f"{row['extra_bytes'] / 1e6:.0f}", f"{row['logprob_max']:.0e}")]
+        op, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        expected = []
+        for shape in ("C1", "C2"):
+            row = by_op[shape][op]
+            expected += [f"{row['to_naive']:.2f}", f"{row['extra_bytes'] / 1e6:.0f}"]
+            expected.append(f"{row['logprob_max']:.0e}")
+        assert cells == expected, op
 
 
-# ---------------------------------------------------------------- rollouts, and a step against TRL's
+# ------------------------------------------------------------------ rollouts, and a step beside TRL
 
 
-def test_the_page_about_rollouts_says_what_the_results_files_say():
-    page = (ROOT / "docs" / "rollout.md").read_text(encoding="utf-8")
-    told = page.split("<!-- measured -->\n")[1].split("<!-- /measured -->")[0]
-    found = [json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()) for name in (
-        "rollout-cpu", "trl-step-cpu")]
-    assert rollout.markdown(found[0]) in told
-    assert trl_step.markdown(found[1]) in told
+def test_the_tables_of_the_page_about_rollouts_are_the_measured_ones():
+    section = page("rollout.md").split("<!-- measured -->\n")[1].split("<!-- /measured -->")[0]
+    for module, name in ((rollout, "rollout-cpu"), (trl_step, "trl-step-cpu")):
+        measured = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        assert module.markdown(measured) in section, name
 
 
-def test_identical_work_is_counted_alike():
-    """Every backend of the benchmark on a tiny model: full replies are all of the room, ragged ones about 30 %."""
-    work, threads = rollout.QUICK[0], torch.get_num_threads()
-    full, ragged = rollout.Setting(work, ragged=False), rollout.Setting(work, ragged=True)
+def test_every_backend_of_the_rollout_benchmark_does_the_same_work():
+    """Full responses use all of their room, ragged ones about 30 % of it."""
+    work = rollout.QUICK[0]
+    full = rollout.Setting(work, ragged=False)
+    ragged = rollout.Setting(work, ragged=True)
     room = work.prompts * work.group * work.tokens
     assert full.ours(engine, 0) == full.ours(cached, 0) == full.generate(0) == room
     assert ragged.ours(engine, 0) == ragged.ours(cached, 0)
@@ -108,4 +135,26 @@ def test_identical_work_is_counted_alike():
     assert 0.1 < ragged.generate(0) / room < 0.6
     assert ragged.slot_use() > 0.5
     assert full.matmuls(8) > 0
-    assert torch.get_num_threads() == threads
+
+
+def test_our_side_of_the_benchmark_against_trl_trains_on_responses_of_full_length(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(trl_step, "KINDS", {"fixed": 3})
+    monkeypatch.setattr(trl_step, "PROMPTS", 2)
+    monkeypatch.setattr(trl_step, "GROUP", 2)
+    trl_step.checkpoint(tmp_path / "model")
+    ours = trl_step.Ours(tmp_path, "fixed")
+    with ours.data.scoring:
+        seconds, tokens = ours.step()
+    assert (tokens, ours.state.step) == (2 * 2 * 3, 1)
+    assert seconds > 0
+
+
+def test_the_ratio_to_trl_is_the_median_of_seconds_per_token_of_neighbours():
+    ours = [(1.0, 10), (2.0, 10), (1.0, 10)]  # seconds, tokens
+    trl = [(2.0, 10), (6.0, 10), (8.0, 20)]
+    row = trl_step.summary(ours, trl)
+    assert row["ratio_per_token"] == pytest.approx(3)  # the median of 2, 3 and 4
+    assert row["seconds"] == {"rlkl": 1.0, "trl": 6.0}
+    assert row["steps"] == 3

@@ -1,123 +1,142 @@
-"""rlkl chat: the reply before and after, side by side, from the same uniforms."""
+"""rlkl chat: the responses before and after training, side by side, from the same uniforms."""
 
 import io
 import re
 import shutil
 
 import pytest
-import torch
-from finished_runs import with_template
+from finished_runs import cells, with_template
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlkl.cli import chat
-from rlkl.cli.finished import checkpoint_of, find
+from rlkl.cli.run_commands import find_checkpoint, find_run
 from rlkl.errors import UserError
-from rlkl.model import decode, encode, left_pad, load, sampling_rule
+from rlkl.policy.model import load, sampling_params
 from rlkl.rollout import SAMPLERS
-from rlkl.rollout.sample import draw_uniforms
-from rlkl.seeds import generator
-from rlkl.tiny import character_tokenizer
+from rlkl.rollout.sampling import decode, draw_uniforms, encode, left_pad
+from rlkl.run.seeds import generator
+from rlkl.supervised.scratch import character_tokenizer
 
 pytest_plugins = ("runs_fixture", "finished_runs")
 
 
-def columns(said: str) -> list[tuple[str, str]]:
-    """(before, after) of each row of each table: heads are left out, feet are not."""
-    return [tuple(cell.strip() for cell in line[1:-1].split("│")) for line in said.splitlines() if line.startswith("│")]
+def responses(text: str) -> list[tuple[str, ...]]:
+    """(before, after) of each table that was printed; every second row is a footer."""
+    return [tuple(row) for row in cells(text)[::2]]
 
 
-def sampled(folder, prompt: str, number: int, temperature: float, room: int = 6) -> str:
-    """What a policy says, by the slow and obvious sampler."""
+def last_checkpoint(run: str):
+    return find_checkpoint(find_run(run), "last")
+
+
+def sampled(folder, prompt: str, number: int, temperature: float) -> str:
+    """The response of a policy to the prompt of this number, by the naive sampler."""
     policy, tokenizer = load(str(folder))
-    rule = sampling_rule(policy, tokenizer, temperature)
-    ids, mask = left_pad([encode(tokenizer, prompt)], rule.pad_id)
-    uniforms = draw_uniforms(1, room, generator(0, number, "chat"), "cpu")
-    return decode(tokenizer, SAMPLERS["naive"](policy, ids, mask, uniforms, rule))[0]
+    params = sampling_params(policy, tokenizer, temperature)
+    ids, mask = left_pad([encode(tokenizer, prompt)], params.pad_id)
+    uniforms = draw_uniforms(1, 6, generator(0, number, "chat"), "cpu")
+    batch = SAMPLERS["naive"](policy, ids, mask, uniforms, params)
+    return decode(tokenizer, batch)[0].strip()
 
 
 def test_both_policies_answer_each_line_with_the_uniforms_of_its_number(rlkl, base, monkeypatch):
     prompts = ["12+34=", "7", "9+"]
     monkeypatch.setattr("sys.stdin", io.StringIO("12+34=\n\n  \n7\n9+"))
-    found = columns(rlkl("chat", "runs/ppo", "temperature=1.3"))[::2]
-    folders = (base, checkpoint_of(find("runs/ppo"), "last"))
-    assert found == [tuple(sampled(f, p, i, 1.3).strip() for f in folders) for i, p in enumerate(prompts)]
-    assert any(before != after for before, after in found)
+    pairs = responses(rlkl("chat", "runs/ppo", "temperature=1.3"))
+    folders = (base, last_checkpoint("runs/ppo"))
+    expected = [tuple(sampled(f, p, i, 1.3) for f in folders) for i, p in enumerate(prompts)]
+    assert pairs == expected
+    assert any(before != after for before, after in pairs)
 
 
-def test_a_chat_without_options_samples_like_the_rollouts_of_the_run(rlkl, base):
-    found = columns(rlkl("chat", "runs/lora", "--prompt", "5+6="))[0]
-    last = checkpoint_of(find("runs/lora"), "last")
-    assert found == tuple(sampled(f, "5+6=", 0, 0.9).strip() for f in (base, last))
+def test_without_options_chat_samples_like_the_rollouts_of_the_run(rlkl, base):
+    pairs = responses(rlkl("chat", "runs/lora", "--prompt", "5+6="))
+    folders = (base, last_checkpoint("runs/lora"))
+    assert pairs == [tuple(sampled(f, "5+6=", 0, 0.9) for f in folders)]
 
 
-def test_greedy_replies_are_those_of_plain_transformers(rlkl, base):
-    found = columns(rlkl("chat", "runs/ppo", "--prompt", "12+34=", "temperature=0", "max_new_tokens=9"))[0]
+def test_greedy_responses_are_those_of_plain_transformers(rlkl, base):
+    options = ("--prompt", "12+34=", "temperature=0", "max_new_tokens=9")
     tokenizer = AutoTokenizer.from_pretrained(base)
-    ids, expected = tokenizer("12+34=", return_tensors="pt").input_ids, []
-    for folder in (base, checkpoint_of(find("runs/ppo"), "last")):
-        out = AutoModelForCausalLM.from_pretrained(folder).generate(
-            ids, max_new_tokens=9, do_sample=False, eos_token_id=tokenizer.eos_token_id)
-        expected.append(tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip())
-    assert found == tuple(expected)
+    ids = tokenizer("12+34=", return_tensors="pt").input_ids
+    expected = []
+    for folder in (base, last_checkpoint("runs/ppo")):
+        lm = AutoModelForCausalLM.from_pretrained(folder)
+        out = lm.generate(
+            ids, max_new_tokens=9, do_sample=False, eos_token_id=tokenizer.eos_token_id
+        )
+        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        expected.append(text.strip())
+    assert responses(rlkl("chat", "runs/ppo", *options)) == [tuple(expected)]
 
 
-def test_the_columns_say_which_policy_and_how_long_and_whether_it_ran_out_of_room(rlkl, base):
-    said = rlkl("chat", "runs/ppo/checkpoints/step-000002", "--prompt", "[b]3[/b]+4=", "max_new_tokens=1")
-    assert re.search(r"before: .*┃ after: step-000002", said)
-    assert "[b]3[/b]+4=" in said, "no markup"
-    assert all(re.fullmatch(r"1 tokens(, no more room)?", cell) for cell in columns(said)[1])
+def test_the_columns_name_the_policies_and_the_footers_count_tokens(rlkl):
+    folder = "runs/ppo/checkpoints/step-000002"
+    text = rlkl("chat", folder, "--prompt", "[b]3[/b]+4=", "max_new_tokens=1")
+    assert re.search(r"before: .*┃ after: step-000002", text)
+    assert "[b]3[/b]+4=" in text, "square brackets are no markup"
+    footers = cells(text)[1]
+    assert [cell for cell in footers if not re.fullmatch(r"1 tokens(, truncated)?", cell)] == []
 
 
-def test_long_replies_wrap_inside_their_columns(there, monkeypatch, capsys):
-    from rlkl.terminal import console
+def test_long_responses_wrap_inside_their_columns(monkeypatch, capsys):
+    from rlkl.run.terminal import console
 
-    monkeypatch.setattr(console, "width", 40)
-    chat.show("x", "base", there / "step-000001", [chat.Reply("a" * 100, 3, False), chat.Reply("b c " * 30, 4, True)])
+    monkeypatch.setattr(console, "width", 50)
+    long = [chat.Response("a" * 100, 3, False), chat.Response("b c " * 30, 4, True)]
+    chat.print_responses("x", "first", "second", long)
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 40
-    assert "".join(c for line in lines[4:-3] for c in line).count("a") == 100
+    assert max(map(len, lines)) <= 50
+    assert "".join(lines[4:-3]).count("a") == 100
+    assert cells("\n".join(lines))[-1] == ["3 tokens", "4 tokens, truncated"]
 
 
 def test_a_prompt_goes_through_the_chat_template_where_there_is_one(base, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(with_template(base, tmp_path / "chat"))
-    assert tokenizer.decode(chat.asked(tokenizer, "1+2", 4, None)) == "<user>1+2="
+    assert tokenizer.decode(chat.encode_prompt(tokenizer, "1+2", 4, None)) == "<user>1+2="
     plain = character_tokenizer()
-    assert plain.decode(chat.asked(plain, "1+2", 4, None)) == "1+2"
+    assert plain.decode(chat.encode_prompt(plain, "1+2", 4, None)) == "1+2"
 
 
-def test_a_stop_string_of_the_run_ends_a_reply(rlkl, there, monkeypatch):
-    shutil.copytree("runs/ppo", "runs/stops", dirs_exist_ok=True)
+def test_a_stop_string_of_the_run_ends_a_response(rlkl, there, monkeypatch):
+    """With each digit a stop string, a response has at most one digit."""
+    shutil.copytree("runs/ppo", "runs/stops")
     config = there / "runs/stops/config.yaml"
     config.write_text(config.read_text().replace("  stop: []", f"  stop: {list('0123456789')}"))
-    digits = {}
+    most_digits = {}
     for run in ("ppo", "stops"):
         monkeypatch.setattr("sys.stdin", io.StringIO("5+6=\n" * 10))
-        said = [text for pair in columns(rlkl("chat", f"runs/{run}"))[::2] for text in pair]
-        digits[run] = max(sum(map(str.isdigit, text)) for text in said)
+        texts = [text for pair in responses(rlkl("chat", f"runs/{run}")) for text in pair]
+        most_digits[run] = max(sum(map(str.isdigit, text)) for text in texts)
     shutil.rmtree("runs/stops")
-    assert digits["stops"] == 1 < digits["ppo"]
+    assert most_digits["stops"] == 1 < most_digits["ppo"]
 
 
-def test_a_prompt_without_room_is_refused_and_a_conversation_goes_on_after_it(rlkl, refused, monkeypatch):
+def test_a_prompt_without_room_is_refused_and_the_next_one_is_answered(rlkl, refused, monkeypatch):
     long = "1" * 60
-    words = "the prompt has 60 tokens and a reply 6, the model's context 64: shorten it, or lower max_new_tokens"
-    assert refused("chat", "runs/ppo", "--prompt", long) == words
+    message = (
+        "the prompt has 60 tokens, a response up to 6, the model's context 64: shorten the prompt, "
+        "or lower max_new_tokens"
+    )
+    assert refused("chat", "runs/ppo", "--prompt", long) == message
     assert refused("chat", "runs/ppo", "--prompt", "") == "the prompt is empty"
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{long}\n1+1=\n"))
-    said = rlkl("chat", "runs/ppo")
-    assert f"error: {words}" in said
-    assert len(columns(said)) == 2
+    text = rlkl("chat", "runs/ppo")
+    assert f"error: {message}" in text
+    assert len(responses(text)) == 1
 
 
-def test_mistakes_of_the_arguments(refused):
-    assert refused("chat", "runs/ppo", "--prompt") == "--prompt needs a text: rlkl chat RUN --prompt TEXT"
-    assert refused("chat", "runs/ppo", "temperature=-1").startswith("temperature=-1: ")
-    assert refused("chat", "runs/ppo", "device=bogus", "--prompt", "1").startswith("device='bogus': choose auto")
-
-
-def test_a_context_that_is_not_known_refuses_nothing():
-    assert len(chat.asked(character_tokenizer(), "1" * 1000, 1000, None)) == 1000
+def test_a_prompt_may_fill_the_context_and_an_unknown_context_refuses_nothing():
+    tokenizer = character_tokenizer()
+    assert len(chat.encode_prompt(tokenizer, "1" * 10, 6, 16)) == 10
     with pytest.raises(UserError, match="shorten"):
-        chat.asked(character_tokenizer(), "1" * 10, 7, 16)
-    assert len(chat.asked(character_tokenizer(), "1" * 10, 6, 16)) == 10
-    assert torch.is_grad_enabled()
+        chat.encode_prompt(tokenizer, "1" * 10, 7, 16)
+    assert len(chat.encode_prompt(tokenizer, "1" * 1000, 1000, None)) == 1000
+
+
+def test_wrong_arguments_are_refused_by_name(refused):
+    message = refused("chat", "runs/ppo", "--prompt")
+    assert message == "--prompt needs a text: rlkl chat RUN --prompt TEXT"
+    assert refused("chat", "runs/ppo", "temperature=-1").startswith("temperature=-1: ")
+    message = refused("chat", "runs/ppo", "device=bogus", "--prompt", "1")
+    assert message.startswith("device='bogus': choose auto")

@@ -1,109 +1,156 @@
-"""rlkl report: what differs between runs and what came of it, from the files in their folders."""
+"""rlkl report: what differs between runs and their results, from the files in their folders."""
 
 import json
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
+from finished_runs import cells
 from runs_fixture import rows
 
-from rlkl import report
-from rlkl.cli.finished import find
-from rlkl.cli.report import told_by
+from rlkl.cli.report import summarise
+from rlkl.cli.run_commands import find_run
+from rlkl.run import report
 
 pytest_plugins = ("runs_fixture", "finished_runs")
 
 
-def table(said: str) -> dict[str, list[str]]:
-    """{first cell: the others} of each line of the table."""
-    lines = [[cell.strip() for cell in line[1:-1].split("│")] for line in said.splitlines() if line.startswith("│")]
-    return {line[0]: line[1:] for line in lines}
+def table(text: str) -> dict[str, list[str]]:
+    """{first cell: the others} of each row of the table."""
+    return {row[0]: row[1:] for row in cells(text)}
 
 
 def test_the_table_has_the_options_that_differ_and_no_others(rlkl):
-    found = table(rlkl("report", "runs/ppo", "runs/lora"))
-    assert found["loss.name"] == ["ppo", "grpo"]
-    assert found["lora.r"] == ["0", "4"]
-    assert found["eval.prompts"] == ["20", "5"]
-    assert found["kl_old.target"] == ["0.001", "-"]
-    assert not {"seed", "task.name", "scoring.processes", "run", "checkpoint.every"} & found.keys()
+    shown = table(rlkl("report", "runs/ppo", "runs/lora"))
+    assert shown["advantage.name"] == ["gae", "grpo"]
+    assert shown["critic.kind"] == ["head", "none"]
+    assert shown["lora.r"] == ["0", "4"]
+    assert shown["eval.prompts"] == ["20", "5"]
+    assert shown["kl_old.target"] == ["0.001", "-"]
+    equal = {"seed", "task.name", "loss.name", "scoring.processes"}
+    without_effect = {"run", "checkpoint.every"}
+    assert not (equal | without_effect) & shown.keys()
 
 
 def test_the_numbers_are_those_of_the_files(rlkl, there):
-    found = table(rlkl("report", "runs/ppo", "runs/lora"))
+    shown = table(rlkl("report", "runs/ppo", "runs/lora"))
     for column, folder in enumerate((there / "runs/ppo", there / "runs/lora")):
-        of, told = rows(folder), json.loads((folder / "heldout.json").read_text())
-        assert found["steps"][column] == "6 of 6"
-        for name, x in told["before"].items():
-            assert found[f"held out: {name}"][column] == f"{x:.3f} → {told['after'][name]:.3f}"
-        measured = [(row["heldout/accuracy"], -row["step"]) for row in of if "heldout/accuracy" in row]
-        best = f"{max(measured)[0]:.3f} at step {-max(measured)[1]}" if measured else "-"
-        assert found["held out: best accuracy"][column] == best
-        seconds, tokens = (sum(row[key] for row in of) for key in ("seconds", "tokens"))
-        assert found["seconds in steps"][column] == f"{seconds:.1f}"
-        assert found["tokens a second"][column] == f"{tokens / seconds:.0f}"
-        assert found["peak memory, GB"][column] == f"{max(row['peak_memory_gb'] for row in of):.2f}"
-        assert found["reward, first → last step"][column] == f"{of[0]['reward']:.3f} → {of[-1]['reward']:.3f}"
+        run = rows(folder)
+        heldout = json.loads((folder / "heldout.json").read_text())
+        accuracies = [(row["eval/accuracy"], -row["step"]) for row in run if "eval/accuracy" in row]
+        seconds = sum(row["seconds"] for row in run)
+        tokens = sum(row["tokens"] for row in run)
+        expected = {
+            "steps": "6 of 6",
+            "held out: best accuracy": "-",
+            "seconds in steps": f"{seconds:.1f}",
+            "tokens a second": f"{tokens / seconds:.0f}",
+            "peak memory, GB": f"{max(row['peak_memory_gb'] for row in run):.2f}",
+            "reward, first → last step": f"{run[0]['reward']:.3f} → {run[-1]['reward']:.3f}",
+        }
+        for name, x in heldout["before"].items():
+            expected[f"held out: {name}"] = f"{x:.3f} → {heldout['after'][name]:.3f}"
+        if accuracies:
+            accuracy, minus_step = max(accuracies)
+            expected["held out: best accuracy"] = f"{accuracy:.3f} at step {-minus_step}"
+        assert {name: shown[name][column] for name in expected} == expected
 
 
-def test_a_run_beside_itself_differs_in_nothing_and_one_alone_is_a_table_too(rlkl):
-    outcome = {"steps", "reward, first → last step", "seconds in steps", "tokens a second", "peak memory, GB"}
+def test_a_run_alone_and_a_run_beside_itself_differ_in_no_option(rlkl):
+    results = {
+        "steps",
+        "reward, first → last step",
+        "seconds in steps",
+        "tokens a second",
+        "peak memory, GB",
+    }
     for runs in (["runs/ppo"], ["runs/ppo", "runs/ppo"]):
-        found = table(rlkl("report", *runs))
-        assert {name for name in found if not name.startswith("held out: ")} == outcome
-        assert all(len(cells) == len(runs) for cells in found.values())
+        shown = table(rlkl("report", *runs))
+        assert {name for name in shown if not name.startswith("held out: ")} == results
+        assert all(len(row) == len(runs) for row in shown.values())
 
 
-def test_with_out_there_is_a_page_with_the_same_table_and_its_figure(rlkl, tmp_path):
+def page_table(text: str) -> list[list[str]]:
+    """The cells of a page's table, without the line under the head."""
+    lines = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return [lines[0], *lines[2:]]
+
+
+def test_out_writes_a_page_with_the_same_table_and_a_figure(rlkl, tmp_path):
     out = tmp_path / "new" / "folder"
-    said = rlkl("report", "runs/ppo", "runs/lora", f"out={out}")
-    assert f"written: {out}/report-compare.md and {out}/report-compare.png" in said
+    text = rlkl("report", "runs/ppo", "runs/lora", f"out={out}")
+    assert f"written: {out}/report-compare.md and {out}/report-compare.png" in text
     page = (out / "report-compare.md").read_text(encoding="utf-8")
-    lines = [line[2:-2].split(" | ") for line in page.splitlines() if line.startswith("| ")]
-    assert {line[0]: line[1:] for line in lines[2:]} == table(said)
-    assert lines[0][1:] == ["runs/ppo", "runs/lora"]
+    head, *body = page_table(page)
+    assert head[1:] == ["runs/ppo", "runs/lora"]
+    assert {row[0]: row[1:] for row in body} == table(text)
     assert "![runs](report-compare.png)" in page
     assert (out / "report-compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_without_matplotlib_there_is_a_page_without_a_figure(rlkl, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    text = rlkl("report", "runs/ppo", "runs/lora", f"out={tmp_path}")
+    assert f"written: {tmp_path}/report-compare.md\n" in text
+    notes = [line for line in text.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1
+    assert "pip install 'rlkl[plots]'" in notes[0]
+    page = (tmp_path / "report-compare.md").read_text(encoding="utf-8")
+    assert {row[0]: row[1:] for row in page_table(page)[1:]} == table(text)
+    assert "png" not in page
+    assert [file.name for file in tmp_path.iterdir()] == ["report-compare.md"]
+
+
 def test_the_figure_has_every_point_over_steps_and_over_seconds(there):
-    """Held out: what was measured before and after too."""
-    told = [told_by(find(f"runs/{name}")) for name in ("ppo", "lora")]
-    panels = report.draw_together(told).axes
+    """The held-out accuracy also has the values measured before and after training."""
+    runs = [summarise(find_run(f"runs/{name}")) for name in ("ppo", "lora")]
+    panels = report.draw_comparison(runs).axes
+    titles = ["reward", "reward", "held-out accuracy", "held-out accuracy"]
+    assert [p.get_title() for p in panels] == titles
     assert [p.get_xlabel() for p in panels] == ["step", "seconds in steps"] * 2
-    assert [p.get_title() for p in panels] == ["reward", "reward", "held-out accuracy", "held-out accuracy"]
-    for column, place in enumerate(("step", "seconds")):
-        for row, metric in enumerate(("reward", "heldout/accuracy")):
-            lines = {line.get_label(): line for line in panels[2 * row + column].lines}
-            assert lines.keys() == {run.name for run in told}
-            for run in told:
-                spent, expected = 0.0, [(0, run.before["accuracy"])] * (row == 1)
-                for r in run.rows:
-                    spent += r["seconds"]
-                    if metric in r or (row == 1 and r["step"] == 6):
-                        value = run.after["accuracy"] if row == 1 and r["step"] == 6 else r[metric]
-                        expected.append((r["step"] if place == "step" else spent, value))
-                assert lines[run.name].get_xydata() == pytest.approx(np.array(expected))
-                assert len(expected) == {"runs/ppo": [6, 4], "runs/lora": [6, 2]}[run.name][row]
+    counts = {"runs/ppo": {"reward": 6, "eval/accuracy": 4}}
+    counts["runs/lora"] = {"reward": 6, "eval/accuracy": 2}
+    for run in runs:
+        seconds = np.cumsum([0.0, *(row["seconds"] for row in run.rows)])
+        accuracy = {row["step"]: row["eval/accuracy"] for row in run.rows if "eval/accuracy" in row}
+        points = {
+            "reward": {row["step"]: row["reward"] for row in run.rows},
+            "eval/accuracy": {
+                0: run.before["accuracy"],
+                **accuracy,
+                6: run.after["accuracy"],
+            },
+        }
+        for i, (metric, values) in enumerate(points.items()):
+            assert len(values) == counts[run.name][metric]
+            for panel, xs in ((panels[2 * i], range(7)), (panels[2 * i + 1], seconds)):
+                lines = {line.get_label(): line for line in panel.lines}
+                assert lines.keys() == {"runs/ppo", "runs/lora"}
+                expected = np.array([(xs[step], y) for step, y in values.items()])
+                assert lines[run.name].get_xydata() == pytest.approx(expected)
 
 
-def test_a_run_that_is_still_going_has_no_after(rlkl, there):
-    shutil.copytree("runs/ppo", "runs/going", dirs_exist_ok=True)
+def test_a_run_in_progress_has_no_numbers_after(rlkl, there):
+    shutil.copytree("runs/ppo", "runs/going")
     (there / "runs/going/heldout.json").unlink()
-    lines = (there / "runs/going/metrics.jsonl").read_text().splitlines(keepends=True)
-    (there / "runs/going/metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:40])
-    found = table(rlkl("report", "runs/going"))
+    metrics = there / "runs/going/metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[:3]) + lines[3][:40])
+    shown = table(rlkl("report", "runs/going"))
     shutil.rmtree("runs/going")
-    assert found["steps"] == ["3 of 6"]
-    assert re.fullmatch(r"0\.\d{3} → -", found["held out: accuracy"][0])
+    assert shown["steps"] == ["3 of 6"]
+    assert re.fullmatch(r"0\.\d{3} → -", shown["held out: accuracy"][0])
 
 
 def test_a_run_without_a_step_and_a_folder_that_cannot_be_written_are_refused(refused, there):
-    assert refused("report", "runs/ppo", "runs/unborn") == (
-        "runs/unborn: no step is done yet, there is nothing to compare")
-    assert refused("report", "runs/ppo", "out=reward.py/x").startswith("out=reward.py/x: cannot be written: ")
+    message = "runs/unborn: no step is done yet, there is nothing to compare"
+    assert refused("report", "runs/ppo", "runs/unborn") == message
+    message = refused("report", "runs/ppo", "out=reward.py/x")
+    assert message.startswith("out=reward.py/x: cannot be written: ")
 
 
-def test_a_cell_with_a_bar_in_it_is_one_cell():
+def test_a_bar_inside_a_cell_is_escaped():
     assert report.table(["a"], [["x|y"]]) == ["| a |", "| --- |", "| x\\|y |", ""]

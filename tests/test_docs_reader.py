@@ -1,49 +1,56 @@
-"""What a reader meets on every page: names that exist, tables and pictures that show, and the way to the answer."""
+"""What a reader meets on every page: options and files that exist, tables that show, the way on."""
 
 import functools
 import re
 
-import pytest
 import torch
 from runs_fixture import ROOT
 from test_docs import functions
 
-from rlkl import config
-from rlkl.build import TABLES
-from rlkl.config import options
 from rlkl.explain.tabular import BANDIT, probabilities
+from rlkl.plugins import resolve
+from rlkl.run import config
+from rlkl.run.build import TABLES
+from rlkl.run.config import options
 
-PAGES = {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8")
-         for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+PAGES = {
+    p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8")
+    for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 ANSWER = "docs/kl-or-trust-region.md"
-every_page = pytest.mark.parametrize("page", PAGES)
 
 
 def prose(text: str) -> str:
-    """Without blocks of code, and without code in a line."""
-    return re.sub(r"(`+)[^`]*\1", "", re.sub(r"^```.*?^```|^    .*?$", "", text, flags=re.S | re.M))
+    """A page without code."""
+    blocks = re.compile(r"^```.*?^```|^    .*?$", re.S | re.M)
+    return re.sub(r"(`+)[^`]*\1", "", blocks.sub("", text))
 
 
-def leads(page: str) -> set[str]:
-    """The files that the links of a page open, one click away."""
-    found = (link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", PAGES.get(page, "")))
-    inside = ((ROOT / page).parent / link for link in found if link and "://" not in link)
-    return {path.resolve().relative_to(ROOT.resolve()).as_posix() for path in inside}
+def links_from(page: str) -> set[str]:
+    """The files that the links of a page open."""
+    targets = (link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]))
+    files = [(ROOT / page).parent / t for t in targets if t and "://" not in t]
+    return {file.resolve().relative_to(ROOT.resolve()).as_posix() for file in files}
 
 
-# Names
+# ------------------------------------------------------------------ names
+
+
 @functools.cache
-def defined() -> set[str]:
-    return {name for path in (ROOT / "tests").rglob("*.py") for name in (*functions(path), path.stem)}
+def names_in_tests() -> set[str]:
+    """Every function, class and module of tests/."""
+    paths = list((ROOT / "tests").rglob("*.py"))
+    return {name for path in paths for name in (*functions(path), path.stem)}
 
 
-@every_page
-def test_every_test_and_file_that_a_page_names_exists(page):
-    """Linked or not; in a command, in a table, in passing."""
-    for name in re.findall(r"\btest_\w+", PAGES[page]):
-        assert name in defined(), name
-    for path in re.findall(r"(?<![\w./-])(?:configs|tests|docs|rlkl|benchmarks)/[\w./-]+\.\w+", PAGES[page]):
-        assert (ROOT / path).exists(), path
+def test_every_test_and_file_that_a_page_names_exists():
+    """Linked or not: in a command, in a table, in a sentence."""
+    missing = []
+    file = r"(?<![\w./-])(?:configs|tests|docs|rlkl|benchmarks)/[\w./-]+\.\w+"
+    for page, text in PAGES.items():
+        missing += [(page, n) for n in re.findall(r"\btest_\w+", text) if n not in names_in_tests()]
+        missing += [(page, path) for path in re.findall(file, text) if not (ROOT / path).exists()]
+    assert missing == []
 
 
 def test_every_test_of_the_oracles_is_in_the_file_that_its_letter_stands_for():
@@ -58,88 +65,107 @@ def test_every_test_of_the_oracles_is_in_the_file_that_its_letter_stands_for():
             assert name in functions(ROOT / file[cell.split()[0]]), row
 
 
-OWN = ("loss", "advantage", "reward", "task", "selector", "sampling.backend")  # whose options are a function's
+# Sections whose options are those of the function that they name.
+PLUGINS = ("loss", "advantage", "reward", "task", "selector", "sampling.backend")
 
 
-@every_page
-def test_every_option_that_a_page_names_is_one(page):
+def test_every_option_that_a_page_names_is_one():
     known = {row[0] for row in options({})}
     sections = "|".join(sorted({name.split(".")[0] for name in known if "." in name}))
-    for name in re.findall(rf"(?<![\w./'-])((?:{sections})\.[a-z_]+)\b(?!\()", PAGES[page]):
-        file = name.rpartition(".")[2] in ("py", "md", "json", "jsonl", "yaml")
-        assert name in known or file or name.startswith(OWN), name
+    option = rf"(?<![\w./'-])((?:{sections})\.[a-z_]+)\b(?!\()"
+    unknown = []
+    for page, text in PAGES.items():
+        for name in re.findall(option, text):
+            is_file = name.rpartition(".")[2] in ("py", "md", "json", "jsonl", "yaml")
+            if not (name in known or is_file or name.startswith(PLUGINS)):
+                unknown.append((page, name))
+    assert unknown == []
 
 
-SNIPPETS = [(page, text) for page in PAGES for text in re.findall(r"```yaml\n(?!# )(.*?)```", PAGES[page], re.S)]
+def test_every_loss_and_advantage_that_a_page_chooses_exists():
+    """`loss=clip`, `advantage=rloo`: by a name of the table."""
+    unknown = []
+    for page, text in PAGES.items():
+        for section, name in re.findall(r"(?<![\w.])(loss|advantage|selector)=(\w+)", text):
+            if name not in TABLES[section]:
+                unknown.append((page, f"{section}={name}"))
+    assert unknown == []
 
 
-@pytest.mark.parametrize(("page", "text"), SNIPPETS)
-def test_a_snippet_is_a_part_of_a_valid_configuration(page, text):
-    """Those that begin with the name of a command are held by test_docs_preferences.py."""
-    cfg = config.build(config.merge(config.defaults(), config.parse_yaml(text, page)))
-    config.resolve(cfg.task, TABLES["task"], "task")
-    config.resolve(cfg.sampling.backend, TABLES["sampling.backend"], "sampling.backend")
+def test_every_snippet_of_a_page_is_a_part_of_a_valid_configuration():
+    """Snippets that begin with a comment belong to a command: see test_docs_preferences.py."""
+    for page, text in PAGES.items():
+        for snippet in re.findall(r"```yaml\n(?!# )(.*?)```", text, re.S):
+            tree = config.parse_yaml(snippet, page)
+            cfg = config.build(config.merge(config.defaults(), tree))
+            resolve(cfg.task, TABLES["task"], "task")
+            resolve(cfg.sampling.backend, TABLES["sampling.backend"], "sampling.backend")
 
 
-# What a forge makes of it
-@every_page
-def test_the_rows_of_a_table_have_as_many_cells_as_its_head(page):
-    """A bar inside a cell is escaped; a table is what follows an empty line, or a comment."""
-    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.S | re.M)
-    tables = re.findall(r"(?:\A|(.*)\n)((?:^\|.*\n?)+)", text, re.M)
-    assert len(tables) >= text.count("\n| ---") + text.count("\n|---")
-    for before, table in tables:
-        assert not before.strip() or before.startswith("<!--"), before
-        cells = [len(re.split(r"(?<!\\)\|", line)) for line in table.splitlines()]
-        assert len(set(cells)) == 1, table
+# ------------------------------------------------------------------ how a page is rendered
 
 
-@every_page
-def test_nothing_in_the_prose_is_read_as_html_or_as_a_formula_or_struck_out(page):
-    bare = re.sub(r"<!-- /?[\w-]+ -->", "", prose(PAGES[page]))
-    assert re.findall(r".{0,30}(?:<[A-Za-z/!?]|[~$]).{0,30}", bare) == []
+def test_the_rows_of_a_table_have_as_many_cells_as_its_head():
+    """A table follows an empty line or a comment, and a bar inside a cell is escaped."""
+    for page, text in PAGES.items():
+        text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+        tables = re.findall(r"(?:\A|(.*)\n)((?:^\|.*\n?)+)", text, re.M)
+        assert len(tables) >= text.count("\n| ---") + text.count("\n|---"), page
+        for before, table in tables:
+            assert not before.strip() or before.startswith("<!--"), (page, before)
+            cells = [len(re.split(r"(?<!\\)\|", line)) for line in table.splitlines()]
+            assert len(set(cells)) == 1, (page, table)
 
 
-@pytest.mark.parametrize("picture", sorted(p.name for p in (ROOT / "docs").glob("*.svg")))
-def test_a_picture_has_a_ground_of_its_own_so_that_it_is_read_on_a_dark_page_too(picture):
-    text = (ROOT / "docs" / picture).read_text(encoding="utf-8")
-    first = re.search(r"<(?:rect|path)[^>]*>", text)[0]
-    assert re.search(r'fill: #ffffff|fill="white"', first), first
-    assert any(picture in page for page in PAGES.values())
+def test_nothing_in_the_prose_is_rendered_as_html_or_as_a_formula_or_struck_out():
+    for page, text in PAGES.items():
+        bare = re.sub(r"<!-- /?[\w-]+ -->", "", prose(text))
+        assert re.findall(r".{0,30}(?:<[A-Za-z/!?]|[~$]).{0,30}", bare) == [], page
 
 
-# Which KL is between what
-def test_from_the_readme_to_which_kl_is_between_what_and_to_its_lines_in_three_clicks():
-    assert ANSWER in leads("README.md")
-    assert "train.py" in leads(ANSWER)
+def test_every_svg_is_on_a_page_and_has_a_white_background_for_dark_pages():
+    for path in sorted((ROOT / "docs").glob("*.svg")):
+        first = re.search(r"<(?:rect|path)[^>]*>", path.read_text(encoding="utf-8"))[0]
+        assert re.search(r'fill: #ffffff|fill="white"', first), path.name
+        assert any(path.name in page for page in PAGES.values()), path.name
 
 
-@pytest.mark.parametrize("page", ["kl.md", "ppo.md", "grpo.md", "explain.md", "question-results.md"])
-def test_the_pages_of_the_question_lead_to_the_answer_and_back(page):
-    assert ANSWER in leads(f"docs/{page}")
-    assert f"docs/{page}" in leads(ANSWER)
+# ------------------------------------------------------------------ docs/kl-or-trust-region.md
 
 
-def test_the_lines_of_the_answer_are_lines_of_the_loop():
-    """Each to the letter, less its comment, in the function that is named."""
-    text, loop = PAGES[ANSWER], (ROOT / "train.py").read_text(encoding="utf-8")
+def test_the_readme_leads_to_the_answer_and_the_answer_to_the_code():
+    assert ANSWER in links_from("README.md")
+    assert "train.py" in links_from(ANSWER)
+
+
+def test_the_pages_about_kl_lead_to_the_answer_and_back():
+    for name in ("kl.md", "ppo.md", "grpo.md", "explain.md", "question-results.md"):
+        page = f"docs/{name}"
+        assert ANSWER in links_from(page)
+        assert page in links_from(ANSWER)
+
+
+def test_the_lines_of_the_answer_are_lines_of_train_py():
+    """Each to the letter, without its comment, in the function that is named."""
+    text = PAGES[ANSWER]
+    source = (ROOT / "train.py").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
     lines = [line.split("#")[0].strip() for line in block.splitlines()]
-    bodies = {name: loop.split(f"def {name}(")[1].split("\ndef ")[0] for name in ("training_step", "backward")}
-    assert len(lines) == 3
-    for line, name in zip(lines, ("training_step", "backward", "backward"), strict=True):
-        assert line in [x.strip() for x in bodies[name].splitlines()], line
+    for line, name in zip(lines, ("compute_advantages", "objective", "objective"), strict=True):
+        body = source.split(f"def {name}(")[1].split("\ndef ")[0]
+        assert line in [x.strip() for x in body.splitlines()], line
         assert f"train.py:{name}]" in text
 
 
 def test_the_numbers_of_the_drift_are_those_of_log_ref_plus_k_times_score_over_b():
-    b, told, rollouts = re.search(r"At b = (\d) .*? is ((?:0|\d\.\d+|, )+) after ([\d, and]+)\s+rollouts",
-                                  PAGES[ANSWER], re.S).groups()
+    sentence = r"At b = (\d) .*? is ((?:0|\d\.\d+|, )+) after ([\d, and]+)\s+rollouts"
+    b, quoted, rollouts = re.search(sentence, PAGES[ANSWER], re.S).groups()
     ref = probabilities(BANDIT, BANDIT.table)
-    found = []
-    for k in map(int, re.findall(r"\d+", rollouts)):
-        pi = (ref.log() + k * BANDIT.scores / int(b)).softmax(0)
-        found.append(f"{float((pi * (pi / ref).log()).sum()):.3f}")
-    assert told.split(", ") == found
-    assert len(found) == 3
-    assert torch.equal(ref.argmin(), BANDIT.scores.argmax())  # log(1/ref) of the best is then the most there is
+    drift = []
+    for k in re.findall(r"\d+", rollouts):
+        pi = (ref.log() + int(k) * BANDIT.scores / int(b)).softmax(0)
+        drift.append(f"{float((pi * (pi / ref).log()).sum()):.3f}")
+    assert quoted.split(", ") == drift
+    assert len(drift) == 3
+    # log(1/ref) of the best response is then the largest KL that there is
+    assert torch.equal(ref.argmin(), BANDIT.scores.argmax())

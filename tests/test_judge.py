@@ -1,124 +1,179 @@
-"""AI feedback: a judge whose answer is known by construction, asked in words, is a reward and a labeller."""
+"""AI feedback: a judge whose answers are known by construction, as a reward and as a labeller."""
 
 import json
 from pathlib import Path
 
 import pytest
-import torch
-from preference_models import classifier, judge_of, words
+from preference_models import classifier, judge_of, word_tokenizer
 from test_reward_models import batch_of
 
 import train
 from rlkl import cli
-from rlkl.errors import UserError
-from rlkl.rewards import judge
-from rlkl.rewards.feedback import QUESTION, answers, principle_judge, question
-from rlkl.tiny import character_tokenizer
+from rlkl.errors import UserError, exit_code
+from rlkl.rewards import compute_scores
+from rlkl.rewards.feedback import QUESTION, answer_ids, encode_question, principle_judge
+from rlkl.supervised.scratch import character_tokenizer
 
 pytest_plugins = ("runs_fixture",)
 TOKENIZER = character_tokenizer()
-LAST = "{principle}|{prompt}|{reply}"  # the hand-made judge sees the last character alone
+LAST = "{principle}|{prompt}|{response}"  # the judge sees only the last character
+
+
+def score(path, prompts, responses, **options):
+    """(B,) scores of the judge at `path`."""
+    batch = batch_of(TOKENIZER, prompts, responses)
+    return principle_judge(*batch, path=str(path), **options)
+
+
+# ------------------------------------------------------------------ the score
 
 
 @pytest.mark.parametrize("strength", [0.5, 3.0])
-def test_the_score_is_the_log_odds_of_yes_at_the_next_position(tmp_path, strength):
-    """y and Y at `strength`, n and N at 0, in a softmax with all else: log (2 e^s / 2) = s; and the other way round."""
-    path = str(judge_of(tmp_path, strength=strength))
-    asked = batch_of(TOKENIZER, ["q", "q", "another"], ["fine!", "fine.", "what is it!"])
-    scores, parts = principle_judge(*asked, path=path, principle="be loud", template=LAST)
-    torch.testing.assert_close(scores, torch.tensor([strength, -strength, strength]), atol=1e-4, rtol=0)
+def test_the_score_is_the_log_odds_of_yes_as_the_next_token(tmp_path, strength):
+    """y and Y have the logit `strength` and n and N have 0: log(2 exp(s) / 2) = s. Or -s."""
+    path = judge_of(tmp_path, strength=strength)
+    responses = ["fine!", "fine.", "what is it!"]
+    options = {"principle": "be loud", "template": LAST}
+    scores, parts = score(path, ["q", "q", "another"], responses, **options)
+    assert scores.tolist() == pytest.approx([strength, -strength, strength], abs=1e-4)
     assert parts == {}
 
 
-@pytest.mark.parametrize("budget", [1, 10**6])
-def test_a_score_does_not_depend_on_company_or_batching(tmp_path, budget):
-    path = str(judge_of(tmp_path, liked=":"))  # the default question ends in a colon
-    asked = batch_of(TOKENIZER, ["q"] * 3, ["a", "something much longer", ""])
-    scores = principle_judge(*asked, path=path, principle="be kind", micro_tokens=budget)[0]
-    torch.testing.assert_close(scores, torch.full((3,), 2.0), atol=1e-4, rtol=0)
+def test_a_score_does_not_depend_on_the_other_rows_or_on_batching(tmp_path):
+    path = judge_of(tmp_path, liked=":")  # the default question ends in a colon
+    responses = ["a", "something much longer", ""]
+    for micro_tokens in (1, 10**6):
+        options = {"principle": "be kind", "micro_tokens": micro_tokens}
+        scores = score(path, ["q"] * 3, responses, **options)[0]
+        assert scores.tolist() == pytest.approx([2.0] * 3, abs=1e-4)
 
 
-def test_the_question_holds_principle_prompt_and_reply_and_goes_through_a_chat_template():
-    text = TOKENIZER.decode(question(TOKENIZER, QUESTION, "Be kind {really}.", "p{0}", "r{reply}"))
-    assert all(w in text for w in ("Be kind {really}.", "p{0}", "r{reply}", "yes or no"))  # braces of others stay text
-    chat = character_tokenizer()
-    chat.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-    messages = [{"role": "user", "content": "hi"}]
-    said = chat.decode(question(chat, LAST, "P", messages, "yo"))
-    assert said == "<user>P|user: hi|yo<assistant>"
+def test_a_question_longer_than_the_context_loses_its_beginning(tmp_path):
+    path = judge_of(tmp_path)
+    scores = score(
+        path, ["q"] * 2, ["9" * 5000 + "!", "!" * 5000 + "9"], principle="P", template=LAST
+    )
+    assert scores[0].tolist() == pytest.approx([2.0, -2.0], abs=1e-4)
 
 
-@pytest.mark.parametrize("template", ["{reply} {x}", "no field", "{reply", "{reply} {}"])
-def test_a_template_that_cannot_be_filled_is_one_line(template):
-    with pytest.raises(UserError, match=r"reward\.template"):
-        question(TOKENIZER, template, "P", "q", "r")
-
-
-def test_yes_and_no_are_whole_tokens_where_there_are_such_and_first_ones_otherwise():
-    names = [[TOKENIZER.convert_ids_to_tokens(i) for i in ids] for ids in answers(TOKENIZER)]
-    assert [sorted(n) for n in names] == [["Y", "y"], ["N", "n"]]
-    whole = words("yes", "No", "Yes", "y", "n", "no")
-    names = [sorted(whole.convert_ids_to_tokens(ids)) for ids in answers(whole)]
-    assert names == [["Yes", "yes"], ["No", "no"]]
-    with pytest.raises(UserError, match="yes and no"):
-        answers(words("maybe"))
-
-
-def test_a_judge_that_is_no_causal_lm_is_named_by_its_own_key(tmp_path):
-    asked = batch_of(TOKENIZER, ["q"], ["r"])
-    with pytest.raises(UserError, match=r"reward\.path='.*not a causal LM"):
-        principle_judge(*asked, path=str(tmp_path), principle="P")
-    classifier(tmp_path / "c")
-    with pytest.raises(UserError, match="no weights for lm_head"):
-        principle_judge(*asked, path=str(tmp_path / "c"), principle="P")
-
-
-def test_hostile_replies_are_judged_like_any_other(tmp_path):
+def test_hostile_responses_are_judged_like_any_other(tmp_path):
     path = str(judge_of(tmp_path))
-    replies = ["{principle.__class__}", "%s%n" * 50, "9" * 5000 + "!", "\x00\x1b[2J", "{", ""]
-    asked = batch_of(TOKENIZER, ["q"] * 6, replies)
-    scores = judge(lambda *x: principle_judge(*x, path=path, principle="P"), *asked)[0]
+    responses = ["{principle.__class__}", "%s%n" * 50, "9" * 5000 + "!", "\x00\x1b[2J", "{", ""]
+    batch = batch_of(TOKENIZER, ["q"] * 6, responses)
+    scores = compute_scores(lambda *x: principle_judge(*x, path=path, principle="P"), *batch)[0]
     assert scores.isfinite().all()
 
 
-def test_the_judge_labels_given_replies_by_its_principle(here, base, capsys):
+# ------------------------------------------------------------------ the question and its answers
+
+
+def test_the_question_holds_principle_prompt_and_response_as_they_are():
+    ids = encode_question(TOKENIZER, QUESTION, "Be kind {really}.", "p{0}", "r{response}")
+    text = TOKENIZER.decode(ids)
+    assert [x for x in ("Be kind {really}.", "p{0}", "r{response}") if x not in text] == []
+
+
+def test_the_question_goes_through_the_chat_template_of_a_judge_that_has_one():
+    tokenizer = character_tokenizer()
+    message = "<{{ m.role }}>{{ m.content }}"
+    tokenizer.chat_template = "{% for m in messages %}" + message + "{% endfor %}<assistant>"
+    messages = [{"role": "user", "content": "hi"}]
+    text = tokenizer.decode(encode_question(tokenizer, LAST, "P", messages, "yo"))
+    assert text == "<user>P|user: hi|yo<assistant>"
+
+
+def test_a_template_that_cannot_be_filled_is_refused():
+    for template in ("{response} {x}", "no field", "{response", "{response} {}"):
+        with pytest.raises(UserError, match=r"reward\.template"):
+            encode_question(TOKENIZER, template, "P", "q", "r")
+
+
+def test_answers_are_single_tokens_where_there_are_such_and_first_tokens_otherwise():
+    def answers(tokenizer):
+        return [sorted(tokenizer.convert_ids_to_tokens(ids)) for ids in answer_ids(tokenizer)]
+
+    assert answers(TOKENIZER) == [["Y", "y"], ["N", "n"]]
+    words = word_tokenizer("yes", "No", "Yes", "y", "n", "no")
+    assert answers(words) == [["Yes", "yes"], ["No", "no"]]
+    with pytest.raises(UserError, match="yes and no"):
+        answers(word_tokenizer("maybe"))
+
+
+def test_a_judge_that_is_not_a_causal_lm_is_reported_by_its_own_option(tmp_path):
+    with pytest.raises(UserError, match=r"reward\.path='.*not a causal LM"):
+        score(tmp_path, ["q"], ["r"], principle="P")
+    with pytest.raises(UserError, match="no weights for lm_head"):
+        score(classifier(tmp_path / "c"), ["q"], ["r"], principle="P")
+
+
+# ------------------------------------------------------------------ in the commands
+
+
+def test_the_judge_labels_given_responses_by_its_principle(here, base, capsys):
     path = judge_of(here / "judge")
-    rows = [{"prompt": f"{i}", "replies": ["quiet.", "loud!"][:: 1 if i % 2 else -1]} for i in range(6)]
-    rows.append({"prompt": "tie", "replies": ["a.", "b."]})
-    Path("r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    responses = [["quiet.", "loud!"], ["loud!", "quiet."]] * 3
+    rows = [{"prompt": f"{i}", "responses": both} for i, both in enumerate(responses)]
+    rows.append({"prompt": "tie", "responses": ["a.", "b."]})
+    Path("r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("label.yaml").write_text(
-        f"out: pairs.jsonl\nreplies: r.jsonl\nmodel: {{name: {base}}}\n"
-        f"reward: {{name: judge, path: {path}, principle: Replies are loud., template: '{LAST}'}}\n")
+        f"out: pairs.jsonl\nresponses: r.jsonl\nmodel: {{name: {base}}}\n"
+        f"reward: {{name: judge, path: {path}, principle: Be loud., template: '{LAST}'}}\n"
+    )
     assert cli.main(["label", "label.yaml"]) == 0
-    found = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
-    assert found == [{"prompt": f"{i}", "chosen": "loud!", "rejected": "quiet."} for i in range(6)]
+    pairs = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
+    assert pairs == [{"prompt": f"{i}", "chosen": "loud!", "rejected": "quiet."} for i in range(6)]
     assert "6 pairs; 1 prompts left out" in capsys.readouterr().out
 
 
-def test_a_run_of_train_py_learns_from_the_judge(here, base):
-    """It likes replies that end in a 7."""
+def test_train_py_learns_from_the_judge(here, base):
+    """The judge likes responses that end in a 7."""
     path = judge_of(here / "judge", liked="7")
-    code = train.main([f"model.name={base}", "task=jsonl", "task.path=prompts.jsonl", "reward=judge",
-                       f"reward.path={path}", "reward.principle=End in a seven.", f'reward.template="{LAST}"',
-                       "sampling.prompts=12", "sampling.group_size=4", "sampling.max_new_tokens=6", "optim.steps=20",
-                       "optim.lr=1e-2", "optim.warmup=0", "kl_ref.coef=0.05", "eval.every=0", "eval.prompts=5",
-                       "eval.samples=1", "run=out"])
-    assert code == 0
+    train.main(
+        [
+            f"model.name={base}",
+            "task=jsonl",
+            "task.path=prompts.jsonl",
+            "reward=judge",
+            f"reward.path={path}",
+            "reward.principle=End in a seven.",
+            f'reward.template="{LAST}"',
+            "sampling.prompts=12",
+            "sampling.group_size=4",
+            "sampling.max_new_tokens=6",
+            "optim.steps=20",
+            "optim.lr=1e-2",
+            "optim.warmup=0",
+            "kl_ref.coef=0.05",
+            "eval.every=0",
+            "eval.prompts=5",
+            "eval.samples=1",
+            "run=out",
+        ]
+    )
     rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     assert -2.01 < rows[0]["reward"] < 0
-    assert sum(r["reward"] for r in rows[-5:]) / 5 > rows[0]["reward"] + 1.5
+    assert sum(row["reward"] for row in rows[-5:]) / 5 > rows[0]["reward"] + 1.5
 
 
-@pytest.mark.parametrize(("reward", "said"), [
-    (["reward=reward_model", "reward.path=not-there"], "reward.path='not-there'"),
-    (["reward=judge", "reward.path=not-there", "reward.principle=P"], "reward.path='not-there'"),
-    (["reward=judge", "reward.path=judge", "reward.principle=P", 'reward.template="{answer}"'], "reward.template"),
-])
-def test_a_reward_that_cannot_work_is_told_before_anything_is_evaluated_or_written(here, base, capsys, reward, said):
+BAD_REWARDS = [  # options, and what the message must say
+    ("reward=reward_model reward.path=gone", "reward.path='gone'"),
+    ("reward=judge reward.path=gone reward.principle=P", "reward.path='gone'"),
+    (
+        'reward=judge reward.path=judge reward.principle=P reward.template="{answer}"',
+        "reward.template",
+    ),
+]
+
+
+def test_a_reward_that_cannot_work_is_refused_before_anything_is_evaluated_or_written(
+    here, base, capsys
+):
     judge_of(here / "judge")
-    assert train.main([f"model.name={base}", "task=jsonl", "task.path=prompts.jsonl", *reward, "run=out"]) == 2
-    out, error = capsys.readouterr()
-    assert error.startswith("error: ")
-    assert said in error
-    assert "held out" not in out
-    assert not (here / "out").exists()
+    run = [f"model.name={base}", "task=jsonl", "task.path=prompts.jsonl", "run=out"]
+    for reward, words in BAD_REWARDS:
+        assert exit_code(train.main, [*run, *reward.split()]) == 2
+        out, error = capsys.readouterr()
+        assert error.startswith("error: ")
+        assert words in error
+        assert "held out" not in out
+        assert not (here / "out").exists()

@@ -1,4 +1,4 @@
-"""The policy: what it says of sampled tokens is what the model says of each row alone, and nothing else gets in."""
+"""The policy scores each row as the model itself does without padding; loading; the reference."""
 
 import json
 from pathlib import Path
@@ -10,63 +10,73 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from rlkl.errors import UserError
-from rlkl.model import Policy, check_reproduced, decode, encode, left_pad, load, reference_of, sampling_rule
-from rlkl.tiny import character_tokenizer
-from rlkl.types import Batch, Evaluation
+from rlkl.policy.model import check_reproduced, load, sampling_params
+from rlkl.policy.policy import Policy, reference_of
+from rlkl.rollout.sampling import decode, encode, left_pad
+from rlkl.supervised.tiny import character_tokenizer
+from rlkl.types import Batch, PolicyOutput
 
-EVERY = list(CONFIGS)
-DOUBLE = [name for name in EVERY if name != "gemma2"]  # transformers' eager attention is nan there with left padding
+NAMES = list(CONFIGS)
 ROWS = ragged()
+each_critic = pytest.mark.parametrize("critic", ["head", "network"])
+each_critic_kind = pytest.mark.parametrize("critic", ["none", "head", "network"])
 
 
-def alone(policy: Policy, prompt: list[int], reply: list[int], temperature: float = 1.0) -> Tensor:
-    """(T, V) log-probs before each reply token by the model's own forward pass: one row, no padding, no mask."""
+def own_logprobs(
+    policy: Policy, prompt: list[int], response: list[int], temperature: float = 1.0
+) -> Tensor:
+    """(T, V) log-probs by the model's own forward pass: one row, no padding, no mask."""
     with torch.no_grad():
-        logits = policy.lm(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1, : policy.vocab_size]
-    return (logits / temperature).log_softmax(-1)
+        logits = policy.lm(torch.tensor([prompt + response])).logits
+    before_each_token = logits[0, len(prompt) - 1 : -1, : policy.vocab_size]
+    return (before_each_token / temperature).log_softmax(-1)
 
 
-def padded(rows: list[Tensor], width: int) -> Tensor:
-    return torch.stack([torch.nn.functional.pad(x, (0, width - len(x))) for x in rows])
+def addresses(module: torch.nn.Module) -> set[int]:
+    return {x.data_ptr() for x in [*module.parameters(), *module.buffers()]}
 
 
-def assert_close(a: Evaluation, b: Evaluation, atol: float = 1e-12) -> None:
-    for name, x, y in zip(Evaluation._fields, a, b, strict=True):
+def assert_close(a: PolicyOutput, b: PolicyOutput, atol: float = 1e-12) -> None:
+    for name, x, y in zip(PolicyOutput._fields, a, b, strict=True):
         assert (x is None) == (y is None), name
         if x is not None:
-            torch.testing.assert_close(x, y, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(x, y, rtol=0, atol=atol)
 
 
-# ---------------------------------------------------------------- evaluate = the model's own logits of the row alone
+# ---------------------------------------------------------------- the model's own logits
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("name", EVERY)
-def test_evaluate_is_what_the_model_says_of_each_row_without_padding(name, temperature):
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_gives_the_models_own_logprobs_of_each_row_without_padding(name):
     policy = tiny_policy(name)
-    batch = forced(ROWS, temperature, extra=(3, 2))
-    got = policy.evaluate(batch)
-    for i, (prompt, reply) in enumerate(ROWS):
-        logp = alone(policy, prompt, reply, temperature)
-        want = logp.gather(-1, torch.tensor(reply)[:, None]).squeeze(-1)
-        torch.testing.assert_close(got.logprobs[i, : len(reply)], want, rtol=0, atol=2e-5)
-        torch.testing.assert_close(got.entropy[i, : len(reply)], -(logp.exp() * logp).sum(-1), rtol=0, atol=2e-5)
+    for temperature in (1.0, 0.7):
+        new = policy(forced(ROWS, temperature, extra=(3, 2)))
+        for i, (prompt, response) in enumerate(ROWS):
+            n = len(response)
+            logp = own_logprobs(policy, prompt, response, temperature)
+            expected = logp.gather(-1, torch.tensor(response)[:, None]).squeeze(-1)
+            entropy = -(logp.exp() * logp).sum(-1)
+            torch.testing.assert_close(new.logprobs[i, :n], expected, rtol=0, atol=2e-5)
+            torch.testing.assert_close(new.entropy[i, :n], entropy, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "cohere"])
-def test_states_are_indexed_by_the_reply_token_that_they_predict(name):
+def test_states_are_indexed_by_the_response_token_that_they_predict(name):
     policy = tiny_policy(name, torch.float64)
     batch = forced(ROWS, extra=(2, 1))
     states = policy.states(batch)
     assert states.shape == (*batch.mask.shape, 48)
-    for i, (prompt, reply) in enumerate(ROWS):
-        logits = policy.logits(states[i, : len(reply)])[:, :VOCAB]
-        torch.testing.assert_close(logits.log_softmax(-1), alone(policy, prompt, reply), rtol=0, atol=1e-12)
+    for i, (prompt, response) in enumerate(ROWS):
+        logp = policy.logits(states[i, : len(response)])[:, :VOCAB].log_softmax(-1)
+        expected = own_logprobs(policy, prompt, response)
+        torch.testing.assert_close(logp, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "least"), [("gemma2", 0.1), ("granite", 0.1), ("cohere", 0.1), ("phi", 0.05)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("gemma2", 0.1), ("granite", 0.1), ("cohere", 0.1), ("phi", 0.05)]
+)
 def test_plain_matrix_products_would_be_wrong_on_these_models(name, least):
-    """So that the tests above cannot pass on a head that forgets scale, bias or soft-cap."""
+    """So the tests above would notice a head that forgets scale, bias or soft-cap."""
     policy, batch = tiny_policy(name), forced(ROWS)
     hidden = policy.states(batch)[batch.mask]
     plain = (hidden @ policy.head.weight.T)[:, :VOCAB].log_softmax(-1)
@@ -74,57 +84,59 @@ def test_plain_matrix_products_would_be_wrong_on_these_models(name, least):
 
 
 def test_probabilities_over_the_tokenizers_vocabulary_add_up_to_one():
-    """97 rows of embedding, 90 tokens: the padding rows take no mass, in log-probs, entropy or KL."""
-    policy, reference = tiny_policy("llama", torch.float64), tiny_policy("llama", torch.float64, seed=1)
+    """97 rows of embedding, 90 tokens: the padding rows have no probability anywhere."""
+    policy, reference = (tiny_policy("llama", torch.float64, seed=seed) for seed in (0, 1))
     batch = forced([([5, 6], [v]) for v in range(VOCAB)])
-    new = policy.evaluate(batch, reference)
+    new = policy(batch, reference)
     assert new.logprobs.exp().sum().item() == pytest.approx(1.0, abs=1e-12)
-    whole = Policy(policy.lm).evaluate(batch)
-    assert whole.logprobs.exp().sum() < 0.99, "without vocab_size the padding rows do take mass"
+    without_vocab_size = Policy(policy.lm)(batch)
+    assert without_vocab_size.logprobs.exp().sum() < 0.99
     assert all(x.isfinite().all() for x in new if x is not None)
 
 
 # ---------------------------------------------------------------- invariances
 
 
-@pytest.mark.parametrize("critic", ["head", "network"])
+@each_critic
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "qwen3", "gemma"])
-def test_evaluate_sees_neither_padding_nor_its_content_nor_other_rows(name, critic):
+def test_no_output_depends_on_padding_or_its_content_or_other_rows(name, critic):
     policy = tiny_policy(name, torch.float64, critic=critic)
     reference = tiny_policy(name, torch.float64, seed=1)
-    want = policy.evaluate(forced(ROWS), reference)
-    width = want.logprobs.shape[1]
-    assert all(x.any() for x in want)
+    expected = policy(forced(ROWS), reference)
+    width = expected.logprobs.shape[1]
+    assert all(x.any() for x in expected)
 
-    def cut(e: Evaluation) -> Evaluation:
-        return Evaluation(*(x if x.dim() == 1 else x[:, :width] for x in e))
+    def cut(new: PolicyOutput, width: int) -> PolicyOutput:
+        return PolicyOutput(*(x if x.dim() == 1 else x[:, :width] for x in new))
 
-    assert_close(cut(policy.evaluate(forced(ROWS, extra=(4, 9)), reference)), want)
+    wider = policy(forced(ROWS, extra=(4, 9)), reference)
+    assert_close(cut(wider, width), expected)
     for garbage in (41, -100, 10**6):
-        assert_close(cut(policy.evaluate(forced(ROWS, pad=garbage, extra=(1, 2)), reference)), want)
+        other_padding = policy(forced(ROWS, pad=garbage, extra=(1, 2)), reference)
+        assert_close(cut(other_padding, width), expected)
     order = [2, 0, 3, 1]
-    permuted = policy.evaluate(forced([ROWS[i] for i in order]), reference)
-    assert_close(permuted, Evaluation(*(x[order] for x in want)))
+    permuted = policy(forced([ROWS[i] for i in order]), reference)
+    assert_close(permuted, PolicyOutput(*(x[order] for x in expected)))
     for i, row in enumerate(ROWS):
-        one, n = policy.evaluate(forced([row]), reference), len(row[1])
-        assert_close(one, Evaluation(*(x[[i]] if x.dim() == 1 else x[[i], :n] for x in want)))
+        alone = policy(forced([row]), reference)
+        assert_close(alone, cut(PolicyOutput(*(x[[i]] for x in expected)), len(row[1])))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_output_is_zero_outside_the_mask(name):
     policy, reference = tiny_policy(name, critic="head"), tiny_policy(name, seed=1)
     batch = forced(ROWS, extra=(0, 3))
-    for key, x in policy.evaluate(batch, reference)._asdict().items():
+    for key, x in policy(batch, reference)._asdict().items():
         if key != "last_values":
             assert not x[~batch.mask].any(), key
             assert x[batch.mask].all(), key
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
-def test_a_window_that_holds_only_padding_poisons_no_value_and_no_gradient(name):
-    """Behind a short reply beside a long one, a sliding window sees only masked columns."""
+def test_a_sliding_window_that_holds_only_padding_gives_no_nan(name):
+    """Behind a short response, beside a long one, a window sees only masked columns."""
     policy = tiny_policy(name, critic="head")
-    new = policy.evaluate(forced([([5, 6], [7]), ([5], list(range(6, 36)))], extra=(9, 9)))
+    new = policy(forced([([5, 6], [7]), ([5], list(range(6, 36)))], extra=(9, 9)))
     assert all(x.isfinite().all() for x in new if x is not None)
     sum(x.sum() for x in new if x is not None).backward()
     assert all(p.grad.isfinite().all() for p in policy.parameters() if p.grad is not None)
@@ -132,33 +144,43 @@ def test_a_window_that_holds_only_padding_poisons_no_value_and_no_gradient(name)
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_observation_tokens_are_context_but_are_not_scored(name):
-    """A hole in the mask: what stands there moves what comes after it, and nothing before."""
+    """False inside a response: such a token affects those after it, and none before."""
     policy = tiny_policy(name, torch.float64, critic="head")
-    prompt, reply = ROWS[2]
-    scored = [True, True, False, False, True, False, True, False, False]  # the last two columns are padding
+    prompt, response = ROWS[2]
+    tokens = response[:7]
+    observed = {2, 3, 5}
+    scored = torch.tensor([[i not in observed for i in range(7)]])
 
-    def run(tokens: list[int], mask: list[bool]) -> Evaluation:
-        ids, zeros = torch.tensor([tokens]), torch.zeros(1, len(tokens))
-        ones = torch.ones(1, len(prompt), dtype=torch.bool)
-        prompts = torch.tensor([prompt])
-        return policy.evaluate(Batch(prompts, ones, ids, torch.tensor([mask]), zeros, torch.zeros(1, dtype=torch.bool)))
+    def run(tokens: list[int], mask: Tensor) -> PolicyOutput:
+        return policy(
+            Batch(
+                torch.tensor([prompt]),
+                torch.ones(1, len(prompt), dtype=torch.bool),
+                torch.tensor([tokens]),
+                mask,
+                sampler_logprobs=torch.zeros(1, len(tokens)),
+                truncated=torch.zeros(1, dtype=torch.bool),
+            )
+        )
 
-    whole, holes = run(reply[:7], [True] * 7), run([*reply[:7], 1, 1], scored)
+    all_scored = run(tokens, torch.ones_like(scored))
+    padded_mask = torch.nn.functional.pad(scored, (0, 2))
+    some_scored = run([*tokens, 1, 1], padded_mask)
     for key in ("logprobs", "entropy", "values"):
-        x, y = getattr(holes, key), getattr(whole, key)
-        torch.testing.assert_close(x[:, :7], y * torch.tensor(scored[:7]), rtol=0, atol=1e-12)
+        x, y = getattr(some_scored, key), getattr(all_scored, key)
+        torch.testing.assert_close(x[:, :7], y * scored, rtol=0, atol=1e-12)
         assert not x[:, 7:].any()
-    torch.testing.assert_close(holes.last_values, whole.last_values, rtol=0, atol=1e-12)
-    other = run([*reply[:2], 33, *reply[3:7], 1, 1], scored)
-    moved = (other.logprobs - holes.logprobs).abs() > 1e-9
-    assert moved.tolist() == [[False, False, False, False, True, False, True, False, False]]
+    torch.testing.assert_close(some_scored.last_values, all_scored.last_values, rtol=0, atol=1e-12)
+    other = run([*tokens[:2], 33, *tokens[3:], 1, 1], padded_mask)
+    changed = (other.logprobs - some_scored.logprobs).abs() > 1e-9
+    assert changed.nonzero()[:, 1].tolist() == [4, 6]
 
 
-def test_evaluate_writes_to_nothing_it_is_given():
+def test_forward_writes_to_nothing_it_is_given():
     policy, batch = tiny_policy("llama", critic="head"), forced(ROWS, pad=-100)
     before = {k: v.clone() for k, v in vars(batch).items() if isinstance(v, Tensor)}
     weights = [p.clone() for p in policy.parameters()]
-    policy.evaluate(batch, reference_of(policy))
+    policy(batch, reference_of(policy))
     assert all(torch.equal(getattr(batch, k), v) for k, v in before.items())
     assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), weights, strict=True))
 
@@ -167,25 +189,24 @@ def test_evaluate_writes_to_nothing_it_is_given():
 def test_the_gradient_of_logprobs_is_the_models_own(name):
     policy = tiny_policy(name, torch.float64, vocab_size=None)
     batch = forced(ROWS, extra=(2, 2), pad=41)
-    new = policy.evaluate(batch).logprobs
-    got = torch.autograd.grad(new.sum(), list(policy.parameters()))
+    computed = torch.autograd.grad(policy(batch).logprobs.sum(), list(policy.parameters()))
     total = 0
-    for prompt, reply in ROWS:
-        logp = policy.lm(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        total = total + logp.gather(-1, torch.tensor(reply)[:, None]).sum()
-    want = torch.autograd.grad(total, list(policy.parameters()))
-    for g, w in zip(got, want, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)  # transformers' norms are float32 inside
+    for prompt, response in ROWS:
+        logits = policy.lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        total = total + logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).sum()
+    expected = torch.autograd.grad(total, list(policy.parameters()))
+    for a, b in zip(computed, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # norms are float32 inside
 
 
 # ---------------------------------------------------------------- the critic
 
 
-@pytest.mark.parametrize("critic", ["head", "network"])
+@each_critic
 def test_values_start_at_exactly_zero_and_have_a_gradient(critic):
     policy = Policy(causal_lm("llama"), critic, VOCAB)
     batch = forced(ROWS)
-    new = policy.evaluate(batch)
+    new = policy(batch)
     assert not new.values.any()
     assert not new.last_values.any()
     assert new.values.shape == batch.mask.shape
@@ -194,57 +215,57 @@ def test_values_start_at_exactly_zero_and_have_a_gradient(critic):
     assert policy.critic.head.bias.grad.any()
 
 
-@pytest.mark.parametrize("critic", ["head", "network"])
+@each_critic
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_values_are_v_before_each_token_and_last_values_v_after_the_last(name, critic):
     policy = tiny_policy(name, torch.float64, critic=critic)
     backbone = policy.critic.backbone or policy.backbone
     if critic == "network":
-        with torch.no_grad():  # a network of its own may drift from the policy's
+        with torch.no_grad():  # its own backbone has other weights once it is trained
             for p in backbone.parameters():
                 p.mul_(1.1)
-    got = policy.evaluate(forced(ROWS, extra=(2, 3)))
-    for i, (prompt, reply) in enumerate(ROWS):
-        states = backbone(torch.tensor([prompt + reply])).last_hidden_state[0, len(prompt) - 1 :]
+    new = policy(forced(ROWS, extra=(2, 3)))
+    for i, (prompt, response) in enumerate(ROWS):
+        states = backbone(torch.tensor([prompt + response])).last_hidden_state[0, len(prompt) - 1 :]
         values = states @ policy.critic.head.weight[0] + policy.critic.head.bias
-        torch.testing.assert_close(got.values[i, : len(reply)], values[:-1], rtol=0, atol=1e-12)
-        torch.testing.assert_close(got.last_values[i], values[-1], rtol=0, atol=1e-12)
+        torch.testing.assert_close(new.values[i, : len(response)], values[:-1], rtol=0, atol=1e-12)
+        torch.testing.assert_close(new.last_values[i], values[-1], rtol=0, atol=1e-12)
 
 
 def test_without_a_critic_there_are_no_values():
-    new = tiny_policy("llama").evaluate(forced(ROWS))
+    new = tiny_policy("llama")(forced(ROWS))
     assert (new.values, new.last_values, new.kl_pi_ref, new.kl_ref_pi) == (None,) * 4
 
 
 @pytest.mark.parametrize("name", ["llama", "tied"])
 def test_a_critic_network_shares_nothing_with_the_policy(name):
     policy = tiny_policy(name, critic="network")
-    theirs, mine = ({p.data_ptr() for p in m.parameters()} for m in (policy.lm, policy.critic))
-    assert not theirs & mine
-    new = policy.evaluate(forced(ROWS))
+    assert not addresses(policy.lm) & addresses(policy.critic)
+    new = policy(forced(ROWS))
     (new.values.sum() + new.last_values.sum()).backward()
     assert all(p.grad is None for p in policy.lm.parameters())
     assert all(p.grad is not None and p.grad.any() for p in policy.critic.parameters())
     policy.zero_grad()
-    policy.evaluate(forced(ROWS)).logprobs.sum().backward()
+    policy(forced(ROWS)).logprobs.sum().backward()
     assert all(p.grad is None for p in policy.critic.parameters())
 
 
 def test_a_critic_head_trains_the_backbone_it_shares():
     policy = tiny_policy("llama", critic="head")
-    policy.evaluate(forced(ROWS)).values.sum().backward()
-    assert all(p.grad.any() for name, p in policy.backbone.named_parameters() if "embed" not in name)
+    policy(forced(ROWS)).values.sum().backward()
+    for name, p in policy.backbone.named_parameters():
+        assert "embed" in name or p.grad.any(), name
 
 
 def test_the_critic_of_a_bf16_policy_is_float32():
     policy = Policy(causal_lm("llama", torch.bfloat16), "head", VOCAB)
     assert policy.critic.head.weight.dtype == torch.float32
-    new = policy.evaluate(forced(ROWS), reference_of(policy))
+    new = policy(forced(ROWS), reference_of(policy))
     assert {x.dtype for x in new} == {torch.float32}
 
 
-@pytest.mark.parametrize("critic", ["none", "head", "network"])
 @pytest.mark.parametrize("name", ["llama", "tied", "gemma", "phi"])
+@each_critic_kind
 def test_parameter_groups_hold_every_trainable_parameter_exactly_once(name, critic):
     policy = tiny_policy(name, critic=critic)
     groups = policy.parameter_groups()
@@ -255,7 +276,7 @@ def test_parameter_groups_hold_every_trainable_parameter_exactly_once(name, crit
     assert {id(p) for p in groups["policy"]} == {id(p) for p in policy.lm.parameters()}
 
 
-@pytest.mark.parametrize("critic", ["head", "network"])
+@each_critic
 def test_frozen_parameters_are_in_no_group(critic):
     policy = tiny_policy("llama", critic=critic)
     policy.lm.get_input_embeddings().weight.requires_grad_(False)
@@ -267,53 +288,58 @@ def test_frozen_parameters_are_in_no_group(critic):
 # ---------------------------------------------------------------- the reference
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "cohere"])
-def test_kls_to_the_reference_are_exact(name, temperature):
-    policy, reference = (tiny_policy(name, torch.float64, seed=s) for s in (0, 1))
-    got = policy.evaluate(forced(ROWS, temperature, extra=(1, 1)), reference)
-    for i, (prompt, reply) in enumerate(ROWS):
-        p, q = (alone(m, prompt, reply, temperature) for m in (policy, reference))
-        n = len(reply)
-        torch.testing.assert_close(got.kl_pi_ref[i, :n], (p.exp() * (p - q)).sum(-1), rtol=0, atol=1e-12)
-        torch.testing.assert_close(got.kl_ref_pi[i, :n], (q.exp() * (q - p)).sum(-1), rtol=0, atol=1e-12)
-    assert not torch.allclose(got.kl_pi_ref, got.kl_ref_pi, rtol=0.1)
+def test_kls_to_the_reference_are_exact(name):
+    policy, reference = (tiny_policy(name, torch.float64, seed=seed) for seed in (0, 1))
+    for temperature in (1.0, 0.7):
+        new = policy(forced(ROWS, temperature, extra=(1, 1)), reference)
+        for i, (prompt, response) in enumerate(ROWS):
+            p = own_logprobs(policy, prompt, response, temperature)
+            q = own_logprobs(reference, prompt, response, temperature)
+            kl_pi_ref = (p.exp() * (p - q)).sum(-1)
+            kl_ref_pi = (q.exp() * (q - p)).sum(-1)
+            n = len(response)
+            torch.testing.assert_close(new.kl_pi_ref[i, :n], kl_pi_ref, rtol=0, atol=1e-12)
+            torch.testing.assert_close(new.kl_ref_pi[i, :n], kl_ref_pi, rtol=0, atol=1e-12)
+        assert not torch.allclose(new.kl_pi_ref, new.kl_ref_pi, rtol=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kl_to_a_fresh_reference_is_exactly_zero(dtype):
     policy, batch = tiny_policy("llama", dtype), forced(ROWS, 0.7)
-    new = policy.evaluate(batch, reference_of(policy))
+    new = policy(batch, reference_of(policy))
     assert not new.kl_pi_ref.any()
     assert not new.kl_ref_pi.any()
 
 
-def test_kept_reference_states_stand_for_the_reference_pass():
-    policy, reference = (tiny_policy("llama", torch.float64, seed=s) for s in (0, 1))
-    batch, calls = forced(ROWS, 0.7, extra=(1, 1)), []
-    want = policy.evaluate(batch, reference)
-    batch.ref_states = reference.states(batch).detach()
-    reference.backbone.register_forward_hook(lambda *_: calls.append(1))
-    assert_close(policy.evaluate(batch, reference), want, atol=0)
-    assert not calls, "the reference was run although its states were kept"
+def test_kept_reference_states_replace_the_reference_pass():
+    policy, reference = (tiny_policy("llama", torch.float64, seed=seed) for seed in (0, 1))
+    batch = forced(ROWS, 0.7, extra=(1, 1))
+    expected = policy(batch, reference)
+    batch.fill(ref_states=reference.states(batch).detach())
+    reference_passes = []
+    reference.backbone.register_forward_hook(lambda *_: reference_passes.append(1))
+    assert_close(policy(batch, reference), expected, atol=0)
     trimmed = batch[[3, 1]].trim()
     n = trimmed.mask.shape[1]
     assert n < batch.mask.shape[1]
-    assert_close(policy.evaluate(trimmed, reference), Evaluation(*(x if x is None else x[[3, 1], :n] for x in want)))
+    of_rows = PolicyOutput(*(x if x is None else x[[3, 1], :n] for x in expected))
+    assert_close(policy(trimmed, reference), of_rows)
+    assert not reference_passes
 
 
 def test_the_gradient_of_a_kl_reaches_the_policy_and_not_the_reference():
-    policy, reference = (tiny_policy("llama", seed=s) for s in (0, 1))
-    policy.evaluate(forced(ROWS), reference).kl_pi_ref.sum().backward()
+    policy, reference = (tiny_policy("llama", seed=seed) for seed in (0, 1))
+    policy(forced(ROWS), reference).kl_pi_ref.sum().backward()
     assert all(p.grad is not None for p in policy.parameters())
     assert all(p.grad is None for p in reference.backbone.parameters())
     policy.zero_grad()
     frozen = reference_of(reference)
-    policy.evaluate(forced(ROWS), frozen).kl_pi_ref.sum().backward()
+    policy(forced(ROWS), frozen).kl_pi_ref.sum().backward()
     assert all(p.grad is None for p in frozen.parameters())
 
 
-@pytest.mark.parametrize("critic", ["none", "head", "network"])
+@each_critic_kind
 @pytest.mark.parametrize("name", ["llama", "tied"])
 def test_reference_of_is_a_frozen_copy_that_shares_nothing(name, critic):
     policy = tiny_policy(name, critic=critic).train()
@@ -325,37 +351,36 @@ def test_reference_of_is_a_frozen_copy_that_shares_nothing(name, critic):
     assert policy.training
     assert not any(p.requires_grad for p in reference.parameters())
     assert all(p.requires_grad for p in policy.parameters())
-    mine, theirs = ({x.data_ptr() for x in [*m.parameters(), *m.buffers()]} for m in (policy, reference))
-    assert not mine & theirs
-    before = reference.evaluate(batch).logprobs
+    assert not addresses(policy) & addresses(reference)
+    before = reference(batch).logprobs
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(1.0)
-    assert torch.equal(reference.evaluate(batch).logprobs, before)
+    assert torch.equal(reference(batch).logprobs, before)
 
 
-# ---------------------------------------------------------------- what is supported is measured, the rest refused
+# ---------------------------------------------------------------- which models are supported
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", NAMES)
 def test_check_reproduced_accepts_what_we_support(name):
-    for dtype in (torch.float32, torch.float64) if name in DOUBLE else (torch.float32,):
+    # In float64 transformers' eager attention gives nan for gemma2 with left padding.
+    for dtype in (torch.float32, torch.float64) if name != "gemma2" else (torch.float32,):
         check_reproduced(tiny_policy(name, dtype))
         check_reproduced(tiny_policy(name, dtype, vocab_size=None))
 
 
+ALTERATIONS = {
+    "scale": lambda x: 1.01 * x,
+    "softcap": lambda x: 3 * torch.tanh(x / 3),
+    "bias": lambda x: x + torch.linspace(0, 0.01, x.shape[-1]),
+    "shift": lambda x: x.roll(1, dims=1),
+    "nan": lambda x: x * torch.nan,
+}
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize(
-    "alter",
-    [
-        lambda x: 1.01 * x,
-        lambda x: 3 * torch.tanh(x / 3),
-        lambda x: x + torch.linspace(0, 0.01, x.shape[-1]),
-        lambda x: x.roll(1, dims=1),
-        lambda x: x * torch.nan,
-    ],
-    ids=["scale", "softcap", "bias", "shift", "nan"],
-)
+@pytest.mark.parametrize("alter", ALTERATIONS.values(), ids=ALTERATIONS)
 def test_check_reproduced_refuses_by_name_a_model_with_other_logits(name, alter, monkeypatch):
     policy = tiny_policy(name)
     forward = policy.lm.forward
@@ -382,19 +407,23 @@ def test_check_reproduced_refuses_a_backbone_that_takes_no_position_ids(monkeypa
         check_reproduced(policy)
 
 
-# Once check_reproduced scored one row without padding, so a model that lets left padding into its states
-# (transformers' RWKV does: "attention_mask was passed, but it is unused") is accepted and mis-scored by 2 nats.
+# An earlier check_reproduced scored one row without padding. A model whose states depend on left
+# padding was accepted then, and its scores were wrong by 2 nats. Transformers' RWKV is one:
+# "attention_mask was passed, but it is unused".
 @pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
-def test_check_reproduced_refuses_a_model_that_does_not_see_through_padding(ignored, monkeypatch):
+def test_check_reproduced_refuses_a_model_whose_states_depend_on_padding(ignored, monkeypatch):
     policy = tiny_policy("gpt2")
     forward = policy.backbone.forward
 
-    def blind(*args, **options):
-        given = options.get(ignored)
-        instead = torch.ones_like(given) if given is not None and ignored == "attention_mask" else None
-        return forward(*args, **(options | {ignored: instead}))
+    def ignoring(*args, **options):
+        value = options.get(ignored)
+        if ignored == "attention_mask" and value is not None:
+            options[ignored] = torch.ones_like(value)
+        else:
+            options[ignored] = None
+        return forward(*args, **options)
 
-    monkeypatch.setattr(policy.backbone, "forward", blind)
+    monkeypatch.setattr(policy.backbone, "forward", ignoring)
     with pytest.raises(UserError, match="gpt2 models are not supported"):
         check_reproduced(policy)
 
@@ -403,9 +432,16 @@ def test_check_reproduced_refuses_a_model_that_does_not_see_through_padding(igno
 
 
 def save(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None, **config) -> Path:
-    """A checkpoint as users have them, with `config` changed; its embedding has more rows than the tokenizer tokens."""
+    """A checkpoint folder; its embedding has 9 more rows than the tokenizer has tokens.
+
+    config: changes of the model's config.
+    """
     tokenizer = tokenizer or character_tokenizer()
-    options = COMMON | {"vocab_size": len(tokenizer) + 9, "eos_token_id": tokenizer.eos_token_id} | config
+    vocabulary = {
+        "vocab_size": len(tokenizer) + 9,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    options = COMMON | vocabulary | config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         lm = AutoModelForCausalLM.from_config(LlamaConfig(**options))
@@ -414,18 +450,21 @@ def save(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None, **confi
     return folder
 
 
-@pytest.mark.parametrize("critic", ["none", "head", "network"])
+@each_critic_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_load_gives_the_saved_model_in_eval_mode_with_the_tokenizers_vocabulary(tmp_path, critic, dtype):
+def test_load_gives_the_saved_model_in_eval_mode_with_the_tokenizers_vocabulary(
+    tmp_path, critic, dtype
+):
     policy, tokenizer = load(str(save(tmp_path)), critic=critic, dtype=dtype)
     assert policy.vocab_size == len(tokenizer) == policy.head.weight.shape[0] - 9
     assert not any(m.training for m in policy.modules())
     assert all(p.requires_grad for p in policy.parameters())
     assert {p.dtype for p in policy.lm.parameters()} == {dtype}
     saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).to(dtype)
-    assert all(torch.equal(a, b) for a, b in zip(policy.lm.parameters(), saved.parameters(), strict=True))
+    for a, b in zip(policy.lm.parameters(), saved.parameters(), strict=True):
+        assert torch.equal(a, b)
     ids = encode(tokenizer, "1+2=3")
-    new = policy.evaluate(forced([(ids[:4], ids[4:])], pad=tokenizer.pad_token_id))
+    new = policy(forced([(ids[:4], ids[4:])], pad=tokenizer.pad_token_id))
     assert (new.values is None) == (critic == "none")
     assert new.logprobs.dtype == torch.float32
 
@@ -461,12 +500,14 @@ def test_load_refuses_a_tokenizer_without_an_eos_token(tmp_path):
         load(str(tmp_path))
 
 
-# Once these left load() as tracebacks (SafetensorError, RuntimeError, IndexError), or not at all.
+# Each of these once left load() as a traceback (SafetensorError, RuntimeError, IndexError), or
+# was not noticed at all.
 @pytest.mark.parametrize(
-    "spoiled", ["cut weights", "no weights", "other shape", "tokenizer too large", "lm_head missing"]
+    "spoiled",
+    ["cut weights", "no weights", "other shape", "tokenizer too large", "lm_head missing"],
 )
 def test_load_refuses_a_spoiled_checkpoint_in_one_line(tmp_path, spoiled):
-    """Above all one whose weights do not cover the model: transformers fills the rest with random numbers."""
+    """Above all missing weights, which transformers would fill with random numbers."""
     save(tmp_path, **({"vocab_size": 50} if spoiled == "tokenizer too large" else {}))
     file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     if spoiled == "cut weights":
@@ -482,41 +523,56 @@ def test_load_refuses_a_spoiled_checkpoint_in_one_line(tmp_path, spoiled):
         load(str(tmp_path))
 
 
-# ---------------------------------------------------------------- sampling rule, tokens
+# ---------------------------------------------------------------- sampling parameters, tokens
 
 
 @pytest.fixture(scope="module")
 def small() -> tuple[Policy, PreTrainedTokenizerFast]:
     tokenizer = character_tokenizer()
-    lm = AutoModelForCausalLM.from_config(LlamaConfig(**COMMON | {"vocab_size": 120, "eos_token_id": None}))
+    config = LlamaConfig(**COMMON | {"vocab_size": 120, "eos_token_id": None})
+    lm = AutoModelForCausalLM.from_config(config)
     return Policy(lm, vocab_size=len(tokenizer)), tokenizer
+
+
+def declare_eos(policy: Policy, ids: int | list[int] | None, monkeypatch) -> None:
+    monkeypatch.setattr(policy.lm.generation_config, "eos_token_id", ids)
 
 
 @pytest.mark.parametrize(
     ("declared", "eos"),
-    [(None, (1,)), (1, (1,)), (7, (1, 7)), ([9, 7], (1, 7, 9)), ([1, 0], (0, 1)), ([0, 1, 2, 3], (0, 1, 2, 3))],
+    [
+        (None, (1,)),
+        (1, (1,)),
+        (7, (1, 7)),
+        ([9, 7], (1, 7, 9)),
+        ([1, 0], (0, 1)),
+        ([0, 1, 2, 3], (0, 1, 2, 3)),
+    ],
     ids=str,
 )
-def test_every_declared_eos_ends_a_reply_and_pad_is_none_of_them(small, declared, eos):
-    """Of the tokenizer (id 1) and of the generation config, one id or a list; id 0 is the tokenizer's pad."""
+def test_every_declared_eos_ends_a_response_and_pad_is_none_of_them(
+    small, declared, eos, monkeypatch
+):
+    """The tokenizer's EOS, id 1, and those of the generation config. Its pad is id 0."""
     policy, tokenizer = small
-    policy.lm.generation_config.eos_token_id = declared
-    got = sampling_rule(policy, tokenizer, 0.7)
-    assert got.eos_ids == eos
-    assert got.pad_id == (0 if 0 not in eos else next(i for i in range(9) if i not in eos))
-    assert (got.temperature, got.vocab_size) == (0.7, len(tokenizer))
-    assert (got.top_k, got.top_p, got.min_p) == (0, 1.0, 0.0), "truncation is for evaluation only"
+    declare_eos(policy, declared, monkeypatch)
+    params = sampling_params(policy, tokenizer, 0.7)
+    assert params.eos_ids == eos
+    assert params.pad_id == (0 if 0 not in eos else next(i for i in range(9) if i not in eos))
+    assert (params.temperature, params.vocab_size) == (0.7, len(tokenizer))
+    # Truncated sampling distributions are for evaluation only.
+    assert (params.top_k, params.top_p, params.min_p) == (0, 1.0, 0.0)
 
 
 @pytest.mark.parametrize("pad", ["<eos>", None])
-def test_pad_is_never_an_eos_also_where_the_tokenizer_says_so(small, pad):
-    """`tokenizer.pad_token = tokenizer.eos_token` is in half of the recipes; then no stop would ever be trained."""
+def test_pad_is_never_an_eos_even_where_the_tokenizer_says_so(small, pad, monkeypatch):
+    """Many recipes set pad_token = eos_token; then no EOS would be trained."""
     policy, tokenizer = small[0], character_tokenizer()
     tokenizer.pad_token = pad
-    policy.lm.generation_config.eos_token_id = [1, 0]
-    got = sampling_rule(policy, tokenizer, 1.0)
-    assert got.eos_ids == (0, 1)
-    assert got.pad_id == 2
+    declare_eos(policy, [1, 0], monkeypatch)
+    params = sampling_params(policy, tokenizer, 1.0)
+    assert params.eos_ids == (0, 1)
+    assert params.pad_id == 2
 
 
 def test_encode_takes_text_as_it_is_and_messages_through_the_template():
@@ -532,18 +588,29 @@ def test_encode_takes_text_as_it_is_and_messages_through_the_template():
     assert isinstance(ids, list)
     assert all(isinstance(i, int) for i in ids)
     assert tokenizer.decode(ids) == "user>hi\nbot>yo\nbot>"
-    assert encode(tokenizer, "hi") == ids[5:7], "raw text does not pass through the template"
+    assert encode(tokenizer, "hi") == ids[5:7]  # raw text does not pass through the template
 
 
-@pytest.mark.parametrize(("template", "messages"), [
-    ("{{ raise_exception('no system role') }}", [{"role": "system", "content": "hi"}]),
-    ("{% for m in messages %}{{ m['content'] + 'x' }}{% endfor %}", [{"role": "user"}]),
-    ("{% for m in messages %}{{ m['content'] }}{% endfor %}", [{"role": "user", "content": "hi"}, 3])])
-def test_messages_that_a_template_refuses_are_a_mistake_in_words(template, messages):
-    """A template is a program: it fails in its own way, and so does the library with what are no messages."""
+def test_encode_keeps_a_prompt_of_any_length():
+    assert len(encode(character_tokenizer(), "12345+" * 50)) == 300
+
+
+@pytest.mark.parametrize(
+    ("template", "messages"),
+    [
+        ("{{ raise_exception('no system role') }}", [{"role": "system", "content": "hi"}]),
+        ("{% for m in messages %}{{ m['content'] + 'x' }}{% endfor %}", [{"role": "user"}]),
+        (
+            "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+            [{"role": "user", "content": "hi"}, 3],
+        ),
+    ],
+)
+def test_messages_that_a_template_refuses_are_a_user_error(template, messages):
+    """A template is a program and may fail in any way; so may the library."""
     tokenizer = character_tokenizer()
     tokenizer.chat_template = template
-    with pytest.raises(UserError, match=r"chat messages need .* that takes them"):
+    with pytest.raises(UserError, match=r"chat messages need .* that accepts them"):
         encode(tokenizer, messages)
 
 
@@ -555,6 +622,7 @@ def test_decode_reads_the_sampled_tokens_only_and_leaves_special_ones_out():
 
 
 def test_left_pad_ends_every_prompt_at_the_same_column():
-    ids, mask = left_pad([[5, 6, 0], [7], [8, 9]], 4)
-    assert ids.tolist() == [[5, 6, 0], [4, 4, 7], [4, 8, 9]]
+    """A prompt may contain the pad id, which is attended there."""
+    ids, mask = left_pad([[5, 4, 0], [7], [4, 9]], 4)
+    assert ids.tolist() == [[5, 4, 0], [4, 4, 7], [4, 4, 9]]
     assert mask.tolist() == [[True] * 3, [False, False, True], [False, True, True]]

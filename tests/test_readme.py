@@ -1,25 +1,26 @@
-"""What the README says is what the code does."""
+"""The README: its plug-in runs, its commands print what it shows, its numbers are measured ones."""
 
 import json
 import re
 from pathlib import Path
 
-import pytest
 import yaml
 
-from rlkl import cli, config
+from rlkl import cli
 from rlkl.losses import LOSSES
-from rlkl.preflight import random_batch
+from rlkl.plugins import resolve
+from rlkl.run import config
+from rlkl.run.check_plugins import random_batch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_loss_of_the_readme_is_a_plug_in_of_at_most_nine_lines(tmp_path):
-    source = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "my_loss.py" in block)
-    assert len([line for line in source.splitlines() if line.strip()]) <= 9
+def test_the_loss_of_the_readme_is_a_plug_in(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    (source,) = [block for block in blocks if "my_loss.py" in block]
     (tmp_path / "my_loss.py").write_text(source, encoding="utf-8")
-    sapo = config.resolve({"name": f"{tmp_path}/my_loss.py:sapo", "tau_pos": "1.5"}, LOSSES, "loss")
+    sapo = resolve({"name": f"{tmp_path}/my_loss.py:sapo", "tau_pos": "1.5"}, LOSSES, "loss")
     assert sapo.keywords == {"tau_pos": 1.5, "tau_neg": 1.05}
     batch, new = random_batch(4, critic=False)
     batch.advantages = batch.rewards
@@ -27,35 +28,41 @@ def test_the_loss_of_the_readme_is_a_plug_in_of_at_most_nine_lines(tmp_path):
 
 
 def test_every_file_and_config_that_the_readme_names_exists():
-    for path in re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r"\b(?:configs|tests)/[\w.-]+\.(?:yaml|py)", README):
-        assert (ROOT / path).exists(), path
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    named = re.findall(r"\b(?:configs|tests)/[\w.-]+\.(?:yaml|py)", README)
+    local = [path for path in links + named if "://" not in path]
+    assert [path for path in local if not (ROOT / path).exists()] == []
 
 
 def test_the_explanation_in_the_readme_is_what_the_command_prints(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    command, block = re.search(r"^    rlkl (explain .*)\n\n```\n(.*?)```", README, re.M | re.S).groups()
+    example = re.search(r"^    rlkl (explain .*)\n\n```\n(.*?)```", README, re.M | re.S)
+    command, shown = example.groups()
     assert cli.main(command.split()) == 0
     printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    told = block.splitlines()
-    assert len(told) == 5
-    assert [line for line in printed if line in told] == told
+    lines = shown.splitlines()
+    assert len(lines) > 3
+    assert [line for line in printed if line in lines] == lines
 
 
 def test_the_results_of_the_readme_are_those_of_make_learn():
     """Each row: config, seed or control, before → after, as in benchmarks/results/learn.json."""
-    learned = json.loads((ROOT / "benchmarks/results/learn.json").read_text(encoding="utf-8"))["rows"]
-    told = re.findall(r"^\| `(configs/[\w.-]+)` \| ([\w ]+) \| ([\d.]+) → ([\d.]+) \|", README, re.M)
-    seeds = ["control" if row["control"] else str(row["seed"]) for row in learned]
-    want = [(r["config"], seed, *(f"{x:.3f}" for x in r["accuracy"])) for r, seed in zip(learned, seeds, strict=True)]
-    assert told == want
+    results = json.loads((ROOT / "benchmarks/results/learn.json").read_text(encoding="utf-8"))
+    shown = re.findall(
+        r"^\| `(configs/[\w.-]+)` \| ([\w ]+) \| ([\d.]+) → ([\d.]+) \|", README, re.M
+    )
+    expected = []
+    for row in results["rows"]:
+        seed = "control" if row["control"] else str(row["seed"])
+        before, after = row["accuracy"]
+        expected.append((row["config"], seed, f"{before:.3f}", f"{after:.3f}"))
+    assert shown == expected
 
 
-CONFIGS = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if not p.read_text().startswith("# rlkl ")]
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
-def test_every_config_is_valid_and_begins_with_one_comment_line(path):
-    first = path.read_text(encoding="utf-8").splitlines()[0]
-    assert first.startswith("# ")
-    assert config.load([str(path)]).optim.steps > 0
-    assert yaml.safe_load(path.read_text(encoding="utf-8"))
+def test_every_config_is_valid_and_begins_with_a_comment():
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith("# "), path.name
+        assert yaml.safe_load(text), path.name
+        if not text.startswith("# rlkl "):
+            assert config.load([str(path)]).optim.steps > 0, path.name

@@ -1,9 +1,11 @@
-"""Which tokens a loss is about: by rank, so many and no more, never outside the mask; drawn by the uniforms alone."""
+"""Selectors: by rank, so many tokens and no more, never outside the mask."""
+
+import itertools
 
 import pytest
 import torch
 
-from rlkl.selectors import SELECTORS, clip_cov, covariance, kl_cov, top_entropy
+from rlkl.losses.selectors import SELECTORS, clip_cov, covariance, kl_cov, top_entropy
 from rlkl.types import Batch
 
 F64 = torch.float64
@@ -11,9 +13,12 @@ F64 = torch.float64
 
 def of(mask: list[list[int]], **fields: list[list[float]]) -> Batch:
     """A batch with this mask and these per-token numbers."""
-    m = torch.tensor(mask, dtype=torch.bool)
-    filled = {name: torch.tensor(x, dtype=F64) for name, x in fields.items()}
-    return Batch(m.long(), m, m.long(), m, torch.zeros(m.shape), torch.zeros(len(m), dtype=torch.bool), **filled)
+    inside = torch.tensor(mask, dtype=torch.bool)
+    batch = Batch(
+        inside.long(), inside, inside.long(), inside, torch.zeros(inside.shape), inside[:, 0]
+    )
+    batch.fill(**{name: torch.tensor(x, dtype=F64) for name, x in fields.items()})
+    return batch
 
 
 def random(rows: int = 10, columns: int = 10, seed: int = 0) -> tuple[Batch, torch.Tensor]:
@@ -22,8 +27,9 @@ def random(rows: int = 10, columns: int = 10, seed: int = 0) -> tuple[Batch, tor
     mask = torch.arange(columns) < torch.randint(1, columns + 1, (rows, 1), generator=g)
     mask[0] = torch.arange(columns) != 1
     batch = Batch(mask.long(), mask, mask.long(), mask, torch.zeros(mask.shape), mask[:, 0])
-    batch.old_entropy, batch.advantages = torch.randn(2, rows, columns, generator=g, dtype=F64).abs()
-    batch.old_logprobs, batch.advantages = torch.randn(2, rows, columns, generator=g, dtype=F64) * 2
+    entropy, _ = torch.randn(2, rows, columns, generator=g, dtype=F64).abs()
+    logprobs, advantages = 2 * torch.randn(2, rows, columns, generator=g, dtype=F64)
+    batch.fill(old_entropy=entropy, old_logprobs=logprobs, advantages=advantages)
     return batch, torch.rand(rows, columns, generator=g, dtype=F64)
 
 
@@ -31,28 +37,30 @@ def places(selected: torch.Tensor) -> list[tuple[int, ...]]:
     return [tuple(x) for x in selected.nonzero().tolist()]
 
 
-@pytest.mark.parametrize(
-    ("fraction", "count"), [(0.0, 1), (2e-4, 1), (0.124, 1), (0.25, 2), (0.3, 2), (0.5, 4), (1.0, 8)])
-def test_as_many_as_the_fraction_rounded_down_and_at_least_one(fraction, count):
-    """Of eight tokens; the places behind the mask do not count."""
+def test_as_many_as_the_fraction_rounded_down_and_at_least_one():
+    """Of eight tokens; columns outside the mask do not count."""
     numbers = [[3.0, 1.0, 7.0, 99.0, 99.0], [5.0, 8.0, 2.0, 6.0, 4.0]]
     batch = of([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], old_entropy=numbers)
-    selected = top_entropy(batch, torch.zeros(2, 5), fraction=fraction)
-    assert selected.dtype == torch.bool
     ranked = [(1, 1), (0, 2), (1, 3), (1, 0), (1, 4), (0, 0), (1, 2), (0, 1)]
-    assert places(selected) == sorted(ranked[:count])
+    counts = {0.0: 1, 2e-4: 1, 0.124: 1, 0.25: 2, 0.3: 2, 0.5: 4, 1.0: 8}
+    for fraction, count in counts.items():
+        selected = top_entropy(batch, torch.zeros(2, 5), fraction=fraction)
+        assert selected.dtype == torch.bool
+        assert places(selected) == sorted(ranked[:count]), fraction
 
 
 @pytest.mark.parametrize("name", SELECTORS)
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.37, 1.0])
-def test_exactly_that_many_and_never_outside_the_mask(name, seed, fraction):
-    batch, uniforms = random(seed=seed)
-    cov = covariance(batch)
-    candidates = batch.mask & (cov > 1) & (cov < 5) if name == "clip_cov" else batch.mask
-    selected = SELECTORS[name](batch, uniforms, fraction=fraction)
-    assert selected.sum() == min(max(int(fraction * int(batch.mask.sum())), 1), int(candidates.sum()))
-    assert not (selected & ~candidates).any()
+def test_exactly_that_many_and_never_outside_the_mask(name):
+    for seed, fraction in itertools.product(range(3), (0.0, 0.1, 0.37, 1.0)):
+        batch, uniforms = random(seed=seed)
+        candidates = batch.mask
+        if name == "clip_cov":
+            cov = covariance(batch)
+            candidates = batch.mask & (cov > 1) & (cov < 5)
+        selected = SELECTORS[name](batch, uniforms, fraction=fraction)
+        count = max(int(fraction * int(batch.mask.sum())), 1)
+        assert selected.sum() == min(count, int(candidates.sum())), (seed, fraction)
+        assert not (selected & ~candidates).any()
 
 
 def test_negative_numbers_lose_to_what_is_chosen_and_not_to_the_zeros_behind_the_mask():
@@ -69,17 +77,22 @@ def test_of_equals_the_first_are_chosen_so_that_ties_cannot_add_up():
 
 
 def test_covariance_is_the_product_of_deviations_from_the_means_over_all_tokens():
-    """log pi -1, -2, -3, A 4, 0, -1: means -2 and 1, so 3, 0, 2; padding is in neither mean, and has none."""
-    batch = of([[1, 1, 0], [1, 0, 0]], old_logprobs=[[-1.0, -2.0, 9.0], [-3.0, 9.0, 9.0]],
-               advantages=[[4.0, 0.0, 9.0], [-1.0, 9.0, 9.0]])
+    """log pi -1, -2, -3 and A 4, 0, -1: the means are -2 and 1, so 3, 0, 2. Padding has none."""
+    batch = of(
+        [[1, 1, 0], [1, 0, 0]],
+        old_logprobs=[[-1.0, -2.0, 9.0], [-3.0, 9.0, 9.0]],
+        advantages=[[4.0, 0.0, 9.0], [-1.0, 9.0, 9.0]],
+    )
     assert covariance(batch).tolist() == [[3.0, 0.0, 0.0], [2.0, 0.0, 0.0]]
     assert places(kl_cov(batch, torch.zeros(2, 3), fraction=0.5)) == [(0, 0)]
     assert places(kl_cov(batch, torch.zeros(2, 3), fraction=0.67)) == [(0, 0), (1, 0)]
 
 
 def test_kl_cov_takes_the_largest_covariances_and_not_the_largest_in_size():
-    """A strongly negative one, a likely token that is punished, makes entropy rise: it stays free."""
-    batch = of([[1, 1, 1, 1]], old_logprobs=[[-1.0, -1.0, -3.0, -3.0]], advantages=[[-9.0, 1.0, 5.0, 3.0]])
+    """A very negative one, a likely token with A < 0, makes the entropy rise: it stays free."""
+    batch = of(
+        [[1, 1, 1, 1]], old_logprobs=[[-1.0, -1.0, -3.0, -3.0]], advantages=[[-9.0, 1.0, 5.0, 3.0]]
+    )
     cov = covariance(batch)[0].tolist()
     assert cov == [-9.0, 1.0, -5.0, -3.0]
     assert places(kl_cov(batch, torch.zeros(1, 4), fraction=0.25)) == [(0, 1)]
@@ -105,7 +118,9 @@ def test_clip_cov_draws_from_the_open_window_alone():
         (place,) = places(clip_cov(window(), uniforms))
         assert place in INSIDE
         assert places(clip_cov(window(), uniforms, fraction=1.0)) == INSIDE
-        assert places(clip_cov(window(), uniforms, fraction=1.0, low=1.9, high=5.1)) == [(0, x) for x in (0, 1, 2, 7)]
+        assert places(clip_cov(window(), uniforms, fraction=1.0, low=1.9, high=5.1)) == [
+            (0, x) for x in (0, 1, 2, 7)
+        ]
 
 
 def test_clip_cov_takes_the_largest_uniforms_and_counts_by_all_tokens():
@@ -123,7 +138,9 @@ def test_other_uniforms_draw_other_tokens_and_the_same_ones_the_same():
     assert candidates >= 5
     drawn: dict[tuple[int, ...], int] = {}
     for seed in range(300):
-        uniforms = torch.rand(batch.mask.shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+        uniforms = torch.rand(
+            batch.mask.shape, generator=torch.Generator().manual_seed(seed), dtype=F64
+        )
         (place,) = places(clip_cov(batch, uniforms))
         assert places(clip_cov(batch, uniforms)) == [place]
         drawn[place] = drawn.get(place, 0) + 1
@@ -135,7 +152,9 @@ def test_other_uniforms_draw_other_tokens_and_the_same_ones_the_same():
 def test_the_other_two_draw_nothing(name):
     batch, uniforms = random()
     select = SELECTORS[name]
-    assert torch.equal(select(batch, uniforms, fraction=0.3), select(batch, 1 - uniforms, fraction=0.3))
+    assert torch.equal(
+        select(batch, uniforms, fraction=0.3), select(batch, 1 - uniforms, fraction=0.3)
+    )
 
 
 def test_without_a_candidate_nothing_is_chosen():

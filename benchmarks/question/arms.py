@@ -1,4 +1,4 @@
-"""The arms of the experiment: each a list of overrides of configs/question.yaml, which has both KL and clip."""
+"""The arms of the experiment: overrides of configs/question.yaml, which has both KL and clip."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from typing import NamedTuple
 
 CONFIG = "configs/question.yaml"
 SEEDS = (1, 2, 3)
-UPDATES = {  # epochs on a rollout: gently, and hard
+UPDATES = {  # by epochs per rollout: few with a small learning rate, many with a large one
     4: ("optim.epochs=4", "optim.lr=1e-3", "optim.steps=40"),
     16: ("optim.epochs=16", "optim.lr=3e-3", "optim.steps=25"),
 }
-NO_CLIP, NO_KL = "loss=surrogate", "kl_ref.coef=0"
+NO_CLIP = "loss=surrogate"
+NO_KL = "kl_ref.coef=0"
 CORNERS = {"neither": (NO_CLIP, NO_KL), "clip": (NO_KL,), "kl": (NO_CLIP,), "both": ()}
-ESTIMATORS = {  # where KL(pi || ref) is charged and how: (place, estimator), and the coefficients
+# How KL(pi || ref) is charged: (kl_ref.place, kl_ref.estimator), and the values of beta.
+ESTIMATORS = {
     "k1": (("reward", "k1"), (0.15, 0.3, 0.4, 0.5, 0.7, 1, 2)),
     "k3": (("loss", "k3"), (0.3, 0.5, 0.6, 0.7, 0.8, 1, 1.4, 2, 4)),
     "exact": (("loss", "exact_pi_ref"), (0.3, 0.5, 0.7, 1, 2)),
@@ -23,31 +25,43 @@ ESTIMATORS = {  # where KL(pi || ref) is charged and how: (place, estimator), an
 
 
 class Arm(NamedTuple):
-    group: str  # "4" and "16", the corners by epochs; or the estimator of a sweep over beta
-    name: str
+    """One run."""
+
+    group: str  # "4" or "16", the epochs of a corner; or the estimator of a sweep over beta
+    name: str  # a corner, or a value of beta
     seed: int
     overrides: tuple[str, ...]
 
     @property
     def key(self) -> str:
+        """The name of the arm in the file of results."""
         return f"{self.group}/{self.name}/{self.seed}"
 
 
 def corners(epochs: int, seed: int) -> list[Arm]:
-    return [Arm(str(epochs), name, seed, (*UPDATES[epochs], *changes)) for name, changes in CORNERS.items()]
+    """Clip on or off, KL on or off."""
+    return [
+        Arm(str(epochs), name, seed, (*UPDATES[epochs], *changes))
+        for name, changes in CORNERS.items()
+    ]
 
 
 def sweeps(seed: int) -> list[Arm]:
-    """With the clip and 4 epochs: every estimator at every beta."""
-    return [Arm(group, f"{beta:g}", seed, (*UPDATES[4], f"kl_ref.place={place}", f"kl_ref.estimator={estimator}",
-                                           f"kl_ref.coef={beta:g}"))
-            for group, ((place, estimator), betas) in ESTIMATORS.items() for beta in betas]
+    """Every estimator at each of its values of beta, with the clip and 4 epochs."""
+    arms = []
+    for group, ((place, estimator), betas) in ESTIMATORS.items():
+        for beta in betas:
+            kl = f"kl_ref.place={place}", f"kl_ref.estimator={estimator}", f"kl_ref.coef={beta:g}"
+            arms.append(Arm(group, f"{beta:g}", seed, (*UPDATES[4], *kl)))
+    return arms
 
 
 def grid(seeds: tuple[int, ...] = SEEDS) -> list[Arm]:
-    return [arm for seed in seeds for epochs in (16, 4) for arm in corners(epochs, seed)] + [
-        arm for seed in seeds for arm in sweeps(seed)]
+    """All arms: the corners of every seed first."""
+    all_corners = [arm for seed in seeds for epochs in (16, 4) for arm in corners(epochs, seed)]
+    return all_corners + [arm for seed in seeds for arm in sweeps(seed)]
 
 
 def quick() -> list[Arm]:
+    """The corners at 16 epochs, of the first seed."""
     return corners(16, SEEDS[0])

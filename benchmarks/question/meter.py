@@ -1,54 +1,81 @@
-"""What the meter of reward hacking (rlkl/hacking.py) says of the arms, with gold measured now and then and without."""
+"""What the detector of reward hacking (rlkl/run/reward_hacking.py) says of the arms.
+
+Once with the gold score measured now and then, as a held-out metric, and once without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.pages import table
-from rlkl.hacking import is_news, suspicion
+from rlkl.run.reward_hacking import is_news, suspicion
 
 EVERY = 5  # steps between two measurements of gold
+CURVES = {"ref_logprob": "ref_logprob", "distinct_2": "distinct"}  # metric → curve of an arm
+
+
+class Verdict(NamedTuple):
+    """Was an arm suspected?"""
+
+    arm: str
+    with_gold: bool
+    without_gold: bool
 
 
 def metrics(arm: dict, every: int = 0) -> list[dict[str, Any]]:
-    """The metrics of an arm that the meter reads, gold every so many steps; 0 for never."""
+    """The rows that the detector reads. every: steps between two values of gold; 0 for none."""
     curves = arm["curves"]
-    names = ("ref_logprob", "distinct")
-    rows = [{"step": n, "reward": x, **{name: curves[name][n - 1] for name in names}}
-            for n, x in enumerate(curves["proxy"], 1)]
-    for row in rows[every - 1 :: every] if every else []:
-        row["heldout/gold"] = curves["gold"][row["step"] - 1]
+    rows = []
+    for i, proxy in enumerate(curves["proxy"]):
+        row = {"step": i + 1, "reward": proxy}
+        row |= {metric: curves[curve][i] for metric, curve in CURVES.items()}
+        if every and row["step"] % every == 0:
+            row["eval/gold"] = curves["gold"][i]
+        rows.append(row)
     return rows
 
 
-def told(rows: Sequence[dict[str, Any]], before: dict[str, float] | None = None) -> list[tuple[int, str]]:
-    """The steps with a new warning, and the warning, as the loop of train.py finds them."""
-    said, seen = [], []
+def warnings_of(
+    rows: Sequence[dict[str, Any]], before: dict[str, float] | None = None
+) -> list[tuple[int, str]]:
+    """(step, warning) of every warning that a run with these metrics would print."""
+    warnings = []
+    seen = []
     for row in rows:
         seen.append(dict(row))
-        found = suspicion(seen, before or {})
-        seen[-1]["hacking"] = float(found is not None)
-        if found is not None and is_news(seen):
-            said.append((row["step"], found))
-    return said
+        warning = suspicion(seen, before or {})
+        seen[-1]["reward_hacking"] = float(warning is not None)
+        if warning is not None and is_news(seen):
+            warnings.append((row["step"], warning))
+    return warnings
 
 
-def verdicts(rows: list[dict]) -> dict[str, list[tuple[str, bool, bool]]]:
-    """Of the arms whose reward ended above the reference's, those whose gold ended below it and above it:
-    (arm, warned with gold, warned without). An arm that stands there under two names counts once."""
+def verdicts(rows: list[dict]) -> dict[str, list[Verdict]]:
+    """The arms whose reward ended above the reference's, by whether gold "fell" below it or "rose".
+
+    An arm that stands in the file under two names counts once.
+    """
     base = next(r["final"] for r in rows if r["group"] == "reference")
-    found: dict[str, list[tuple[str, bool, bool]]] = {"fell": [], "rose": []}
-    once = {str(r["curves"]): r for r in rows if r["group"] != "reference"}
-    for arm in once.values():
+    distinct = {str(r["curves"]): r for r in rows if r["group"] != "reference"}
+    verdicts: dict[str, list[Verdict]] = {"fell": [], "rose": []}
+    for arm in distinct.values():
         if arm["final"]["proxy"] > base["proxy"]:
-            warned = [bool(told(metrics(arm, every), before)) for every, before in (
-                (EVERY, {"gold": base["gold"]}), (0, {}))]
-            found["fell" if arm["final"]["gold"] < base["gold"] else "rose"].append((arm["key"], *warned))
-    return found
+            with_gold = warnings_of(metrics(arm, EVERY), {"gold": base["gold"]})
+            without_gold = warnings_of(metrics(arm))
+            verdict = Verdict(arm["key"], bool(with_gold), bool(without_gold))
+            verdicts["fell" if arm["final"]["gold"] < base["gold"] else "rose"].append(verdict)
+    return verdicts
 
 
 def summary(rows: list[dict]) -> str:
-    lines = [[f"reward rose, gold {name}", str(len(arms)), *(str(sum(a[i] for a in arms)) for i in (1, 2))]
-             for name, arms in verdicts(rows).items()]
-    return table(["", "runs", f"suspected, gold every {EVERY} steps", "suspected without gold"], lines)
+    """The table of docs/hacking.md."""
+    lines = []
+    for name, arms in verdicts(rows).items():
+        with_gold = sum(arm.with_gold for arm in arms)
+        without_gold = sum(arm.without_gold for arm in arms)
+        lines.append(
+            [f"reward rose, gold {name}", str(len(arms)), f"{with_gold}", f"{without_gold}"]
+        )
+    head = ["", "runs", f"suspected, gold every {EVERY} steps", "suspected without gold"]
+    return table(head, lines)

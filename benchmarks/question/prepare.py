@@ -1,4 +1,8 @@
-"""What every arm starts from, made once: the base, pairs of its replies labelled by the gold grader, a reward model."""
+"""What every arm starts from, made once.
+
+The base model, preference pairs of its responses, labelled by the gold score, and a reward model
+that is learned from them.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +17,23 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from benchmarks.question.bag_of_words import accuracy, counts, fit
 from benchmarks.question.grammar import LETTER, PROMPT, Grammar
 from rlkl.cli import label, sft
-from rlkl.cli.label import sampled
-from rlkl.model import decode, load
-from rlkl.preferences import read_pairs
-from rlkl.schema_supervised import Draws
+from rlkl.cli.label import sample_responses
+from rlkl.policy.model import load
+from rlkl.rollout.sampling import decode
+from rlkl.supervised.preferences import read_pairs
+from rlkl.supervised.schema import LabelSampling
 
 FOLDER = Path("runs/question")
-BASE, PAIRS, REWARD = FOLDER / "base" / "model", FOLDER / "pairs.jsonl", FOLDER / "reward.json"
+BASE = FOLDER / "base" / "model"
+PAIRS = FOLDER / "pairs.jsonl"
+REWARD = FOLDER / "reward.json"
 HELD_OUT = 500  # pairs
 
 
 def prepare() -> dict:
-    """Base, pairs and reward model; what is there already stays. Returns the reward model."""
+    """Make what is missing of base, pairs and reward model. Returns the reward model."""
     if not BASE.is_dir():
-        shutil.rmtree(BASE.parent, ignore_errors=True)  # of a run that was stopped
+        shutil.rmtree(BASE.parent, ignore_errors=True)  # left by a run that was stopped
         fresh(FOLDER / "fresh")
         sft.main(["configs/question-sft.yaml"])
     if not PAIRS.exists():
@@ -37,31 +44,54 @@ def prepare() -> dict:
 
 
 def fresh(folder: Path, seed: int = 0) -> None:
-    """A Llama of 2 layers and 48 dimensions with one token a word, as a Hugging Face directory."""
+    """Write a Llama of 2 layers and 48 dimensions, one token per word, as a Hugging Face folder."""
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", PROMPT, *LETTER])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token=PROMPT))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
+    )
     torch.manual_seed(seed)
-    lm = AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=144, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=32, tie_word_embeddings=False, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    lm = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=48,
+            intermediate_size=144,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=32,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def reward_model() -> dict:
-    """Learned from the pairs; mean and standard deviation are those of fresh replies of the reference."""
+    """The reward model, learned from the pairs.
+
+    Its mean and standard deviation are those of fresh responses of the base.
+    """
     pairs = read_pairs(str(PAIRS))
     words = fit(pairs[:-HELD_OUT])
     policy, tokenizer = load(str(BASE))
-    draws = Draws(samples=1, max_new_tokens=24)
-    replies = [r for _, batch in sampled(policy, tokenizer, Grammar("train", size=2048).examples, draws, seed=1)
-               for r in decode(tokenizer, batch)]
-    scores = counts(replies, list(words)) @ torch.tensor(list(words.values()))
-    return {"words": words, "mean": scores.mean().item(), "std": scores.std().item(), "pairs": len(pairs) - HELD_OUT,
-            "heldout_accuracy": accuracy(words, pairs[-HELD_OUT:])}
+    sampling = LabelSampling(samples=1, max_new_tokens=24)
+    examples = Grammar("train", size=2048).examples
+    responses = []
+    for _, batch in sample_responses(policy, tokenizer, examples, sampling, seed=1):
+        responses += decode(tokenizer, batch)
+    scores = counts(responses, list(words)) @ torch.tensor(list(words.values()))
+    return {
+        "words": words,
+        "mean": scores.mean().item(),
+        "std": scores.std().item(),
+        "pairs": len(pairs) - HELD_OUT,
+        "heldout_accuracy": accuracy(words, pairs[-HELD_OUT:]),
+    }
 
 
 if __name__ == "__main__":

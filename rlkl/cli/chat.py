@@ -1,7 +1,8 @@
-"""The policy before and after training, side by side: one prompt at a time, the same uniforms for both.
+"""The policy before and after training, side by side, from the same uniform random numbers.
 
-Each prompt stands alone, without what was said before. It goes through the tokenizer's chat template, or is raw text
-where there is none. Ctrl-D ends; piped lines are prompts too; --prompt TEXT is the only one.
+Prompts are read from stdin, one a line, until Ctrl-D; with --prompt TEXT there is only that one.
+Each prompt stands alone: earlier ones are not remembered. It goes through the tokenizer's chat
+template where there is one.
 """
 
 from __future__ import annotations
@@ -9,31 +10,38 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
 
-from rlkl import config
-from rlkl.build import pick_device
-from rlkl.cli.finished import asked_for_help, both, checkpoint_of, find, kept, parse
-from rlkl.config import resolve
+from rlkl.cli.run_commands import (
+    find_checkpoint,
+    find_run,
+    help_printed,
+    load_policies,
+    parse,
+    saved_plugin,
+)
+from rlkl.cli.schema import Chat
 from rlkl.errors import UserError
-from rlkl.heldout import stops
-from rlkl.model import Policy, context_of, decode, encode, left_pad, sampling_rule
+from rlkl.plugins import resolve
+from rlkl.policy.model import context_of, sampling_params
+from rlkl.policy.policy import Policy
 from rlkl.rollout import SAMPLERS
-from rlkl.rollout.sample import draw_uniforms
-from rlkl.schema import Config
-from rlkl.schema_runs import Chat
-from rlkl.seeds import generator
-from rlkl.terminal import console, say
-from rlkl.types import Batch, Sampling
+from rlkl.rollout.sampling import decode, draw_uniforms, encode, left_pad
+from rlkl.run import config
+from rlkl.run.build import pick_device
+from rlkl.run.evaluate import stop_function
+from rlkl.run.schema import Config
+from rlkl.run.seeds import generator
+from rlkl.run.terminal import console, log_line
+from rlkl.types import Batch, SamplingParams
 
-NAMES = "RUN [--prompt TEXT]"
+USAGE = "RUN [--prompt TEXT]"
 
 
-class Reply(NamedTuple):
+class Response(NamedTuple):
     text: str
     tokens: int
     truncated: bool
@@ -41,33 +49,42 @@ class Reply(NamedTuple):
 
 def main(argv: list[str]) -> None:
     """talk to a run's policy before and after training, side by side"""
-    if asked_for_help(argv, "chat", NAMES, __doc__ or "", config.options({}, Chat)):
+    if help_printed(argv, "chat", USAGE, __doc__ or "", config.options({}, Chat)):
         return
-    argv, only = one_shot(argv)
-    (path,), changes = parse(argv, "chat", "RUN")
-    run, how = find(path), config.load(changes, schema=Chat)
-    folder = checkpoint_of(run, how.step)
-    own = replace(run.cfg, task=kept(run, run.cfg.task))
-    tokenizer, *policies = both(own, folder, pick_device(how.device))
-    sampler = resolve(kept(run, run.cfg.sampling.backend), SAMPLERS, "sampling.backend")
-    rule = rule_of(how, run.cfg, policies[1], tokenizer)
-    room, context = how.max_new_tokens or run.cfg.sampling.max_new_tokens, context_of(policies[1].lm)
-    for number, text in enumerate([only] if only is not None else typed()):
+    argv, only_prompt = take_prompt(argv)
+    (path,), overrides = parse(argv, "chat", "RUN")
+    run = find_run(path)
+    options = config.load(overrides, schema=Chat)
+    folder = find_checkpoint(run, options.step)
+    cfg = replace(run.cfg, task=saved_plugin(run, run.cfg.task))
+    tokenizer, before, after = load_policies(cfg, folder, pick_device(options.device))
+    backend = saved_plugin(run, cfg.sampling.backend)
+    sampler = resolve(backend, SAMPLERS, "sampling.backend")
+    params = chat_params(options, cfg, after, tokenizer)
+    max_new_tokens = options.max_new_tokens or cfg.sampling.max_new_tokens
+    context = context_of(after.lm)
+
+    prompts = typed_prompts() if only_prompt is None else [only_prompt]
+    for number, prompt in enumerate(prompts):
         try:
-            prompt = asked(tokenizer, text, room, context)
+            prompt_ids = encode_prompt(tokenizer, prompt, max_new_tokens, context)
         except UserError as error:
-            if only is not None:
+            if only_prompt is not None:
                 raise
-            say(f"error: {error}")
+            log_line(f"error: {error}")
             continue
-        ids, mask = left_pad([prompt], rule.pad_id, policies[1].lm.device)
-        uniforms = draw_uniforms(1, room, generator(how.seed, number, "chat"), ids.device)
-        batches = (sampler(policy, ids, mask, uniforms, rule) for policy in policies)
-        show(text, run.cfg.model.name, folder, [replied(tokenizer, batch) for batch in batches])
+        ids, mask = left_pad([prompt_ids], params.pad_id, after.lm.device)
+        rng = generator(options.seed, number, "chat")
+        uniforms = draw_uniforms(1, max_new_tokens, rng, ids.device)
+        responses = [
+            to_response(tokenizer, sampler(policy, ids, mask, uniforms, params))
+            for policy in (before, after)
+        ]
+        print_responses(prompt, f"before: {cfg.model.name}", f"after: {folder.name}", responses)
 
 
-def one_shot(argv: list[str]) -> tuple[list[str], str | None]:
-    """The arguments without --prompt TEXT, and the text."""
+def take_prompt(argv: list[str]) -> tuple[list[str], str | None]:
+    """The arguments without --prompt TEXT, and the text; None where it is not among them."""
     if "--prompt" not in argv:
         return argv, None
     at = argv.index("--prompt")
@@ -76,8 +93,8 @@ def one_shot(argv: list[str]) -> tuple[list[str], str | None]:
     return [*argv[:at], *argv[at + 2 :]], argv[at + 1]
 
 
-def typed() -> Iterator[str]:
-    """The lines of stdin, with a prompt sign on a terminal, until they end."""
+def typed_prompts() -> Iterator[str]:
+    """The lines of stdin that are not empty, after a `>` where it is a terminal."""
     sign = "> " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -88,32 +105,53 @@ def typed() -> Iterator[str]:
             yield line
 
 
-def rule_of(how: Chat, cfg: Config, policy: Policy, tokenizer: Any) -> Sampling:
-    temperature = cfg.sampling.temperature if how.temperature is None else how.temperature
-    return sampling_rule(policy, tokenizer, temperature)._replace(stop=stops(tokenizer, cfg.eval.stop))
+def chat_params(options: Chat, cfg: Config, policy: Policy, tokenizer: Any) -> SamplingParams:
+    """Sample as the run's rollouts do, unless an option differs, and stop at its eval.stop."""
+    temperature = options.temperature
+    if temperature is None:
+        temperature = cfg.sampling.temperature
+    params = sampling_params(policy, tokenizer, temperature)
+    return params._replace(stop=stop_function(tokenizer, cfg.eval.stop))
 
 
-def asked(tokenizer: Any, text: str, room: int, context: int | None) -> list[int]:
-    """The prompt's ids. UserError where it is empty, or leaves no room for a reply."""
-    ids = encode(tokenizer, [{"role": "user", "content": text}] if tokenizer.chat_template else text)
+def encode_prompt(
+    tokenizer: Any, prompt: str, max_new_tokens: int, context: int | None
+) -> list[int]:
+    """The token ids of a prompt, through the chat template where there is one.
+
+    context: the model's, in tokens; None where it is not known. Raises UserError on an empty
+    prompt, and on one that leaves no room for a response.
+    """
+    messages = [{"role": "user", "content": prompt}]
+    ids = encode(tokenizer, messages if tokenizer.chat_template else prompt)
     if not ids:
         raise UserError("the prompt is empty")
-    if context is not None and len(ids) + room > context:
-        raise UserError(f"the prompt has {len(ids)} tokens and a reply {room}, the model's context {context}: shorten "
-                        "it, or lower max_new_tokens")
+    if context is not None and len(ids) + max_new_tokens > context:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens, a response up to {max_new_tokens}, the model's "
+            f"context {context}: shorten the prompt, or lower max_new_tokens"
+        )
     return ids
 
 
-def replied(tokenizer: Any, batch: Batch) -> Reply:
-    """Of a batch of one row."""
-    return Reply(decode(tokenizer, batch)[0], int(batch.mask.sum()), bool(batch.truncated))
+def to_response(tokenizer: Any, batch: Batch) -> Response:
+    """The response in a batch of one row."""
+    return Response(decode(tokenizer, batch)[0], int(batch.mask.sum()), bool(batch.truncated))
 
 
-def show(text: str, name: str, folder: Path, replies: list[Reply]) -> None:
-    """Two columns, as wide as the terminal lets them be."""
-    table = Table(title=escape(text), title_justify="left", title_style="bold", show_footer=True, expand=True)
-    for title, reply in zip((f"before: {name}", f"after: {folder.name}"), replies, strict=True):
-        cut = ", no more room" if reply.truncated else ""
-        table.add_column(escape(title), escape(f"{reply.tokens} tokens{cut}"), ratio=1, overflow="fold")
-    table.add_row(*(escape(reply.text) for reply in replies))
+def print_responses(prompt: str, before: str, after: str, responses: list[Response]) -> None:
+    """Print a table of two columns, titled `before` and `after`, as wide as the terminal."""
+    table = Table(
+        title=escape(prompt),
+        title_justify="left",
+        title_style="bold",
+        show_footer=True,
+        expand=True,
+    )
+    for title, response in zip((before, after), responses, strict=True):
+        footer = f"{response.tokens} tokens"
+        if response.truncated:
+            footer += ", truncated"
+        table.add_column(escape(title), escape(footer), ratio=1, overflow="fold")
+    table.add_row(*(escape(response.text) for response in responses))
     console.print(table, soft_wrap=False)

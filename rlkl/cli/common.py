@@ -1,4 +1,4 @@
-"""What the commands share: their configuration, their folder, what they end with."""
+"""What rlkl sft, reward-model, dpo and label share: options, run folder, log and last lines."""
 
 from __future__ import annotations
 
@@ -6,40 +6,53 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlkl import config, runs
-from rlkl.build import TABLES
-from rlkl.log import RunLog
-from rlkl.schema_supervised import Supervised
-from rlkl.terminal import before_and_after, say, usage
+from rlkl.run import config
+from rlkl.run import folder as run_folder
+from rlkl.run.build import TABLES
+from rlkl.run.log import RunLog, load_wandb
+from rlkl.run.terminal import log_before_after, log_line, print_help
+from rlkl.supervised.schema import SupervisedConfig
+from rlkl.supervised.scratch import write
 
 S = TypeVar("S")
-TAKEN = "choose another, or delete it"
+ADVICE = "choose another, or delete it"  # where a run's folder exists
 
 
 def configure(argv: list[str], schema: type[S], command: str, doc: str) -> S | None:
-    """CONFIG.yaml and a.b=c → the command's options; None once --help has listed them."""
+    """The options of a command, from CONFIG.yaml files and `a.b=c`; None where --help was printed.
+
+    Raises UserError on what is known to fail before a model is loaded.
+    """
     if {"-h", "--help"} & set(argv):
-        usage(doc, config.options(TABLES, schema), f"rlkl {command}")
+        print_help(doc, config.options(TABLES, schema), f"rlkl {command}")
         return None
     cfg = config.load(argv, schema=schema)
-    if (run := getattr(cfg, "run", "auto")) != "auto":
-        runs.check_new(Path(run), TAKEN)
+    if isinstance(cfg, SupervisedConfig):
+        if cfg.run != "auto":
+            run_folder.check_new(Path(cfg.run), ADVICE)
+        load_wandb(cfg.log.wandb)
     return cfg
 
 
-def new_run(cfg: Supervised, command: str, argv: list[str]) -> Path:
-    """The folder of a run of this command. UserError where it exists."""
-    return runs.make_folder(cfg, command, ["rlkl", command, *argv], TAKEN)
+def new_run(cfg: SupervisedConfig, command: str, argv: list[str]) -> Path:
+    """Make the folder of a run of this command. Raises UserError where it exists."""
+    return run_folder.make_folder(cfg, command, ["rlkl", command, *argv], ADVICE)
 
 
-def open_log(cfg: Supervised, folder: Path) -> RunLog:
+def open_log(cfg: SupervisedConfig, folder: Path) -> RunLog:
+    """The log of a new run."""
     return RunLog(folder, asdict(cfg), wandb_mode=cfg.log.wandb, project=cfg.log.project, start=0)
 
 
-def finish(folder: Path, lm: Any, tokenizer: Any, before: dict[str, float], after: dict[str, float], title: str
-           ) -> None:
-    """Save the model as a Hugging Face directory, and say what was reached."""
-    lm.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    before_and_after(before, after, title)
-    say(f"model: {folder / 'model'}")
+def finish(
+    folder: Path,
+    lm: Any,
+    tokenizer: Any,
+    before: dict[str, float],
+    after: dict[str, float],
+    title: str,
+) -> None:
+    """Save the model in folder/model, and print the held-out metrics before and after."""
+    model_folder = write(folder / "model", lm, tokenizer)
+    log_before_after(before, after, title)
+    log_line(f"model: {model_folder}")

@@ -1,38 +1,50 @@
-"""Direct preference optimisation: the policy of an RLHF run, from the preference file alone (arXiv:2305.18290)."""
+"""Direct preference optimisation: RLHF from preferences, without a reward model."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from rlkl.build import dtype_of, model_name, pick_device
 from rlkl.cli.common import configure, finish, new_run, open_log
-from rlkl.model import context_of, load, reference_of, sampling_rule
-from rlkl.preferences import dpo, read_pairs, split
-from rlkl.schema_supervised import Dpo
-from rlkl.supervised import Item, collate, fit, item_of, that_fit
-from rlkl.terminal import console, say
+from rlkl.policy.model import context_of, load, sampling_params
+from rlkl.policy.policy import reference_of
+from rlkl.run.build import dtype_of, model_name, pick_device
+from rlkl.run.terminal import log_line
+from rlkl.supervised.data import Item, collate, filter_by_length, tokenize
+from rlkl.supervised.fit import fit
+from rlkl.supervised.preferences import Pair, dpo, read_pairs, split
+from rlkl.supervised.schema import DPOConfig
 
 
 def main(argv: list[str]) -> None:
-    """prefer the chosen replies to the rejected ones, without a reward model"""
-    cfg = configure(argv, Dpo, "dpo", __doc__ or "")
+    """prefer the chosen responses to the rejected ones, without a reward model"""
+    cfg = configure(argv, DPOConfig, "dpo", __doc__ or "")
     if cfg is None:
         return
-    device, sides = pick_device(cfg.device), split(read_pairs(cfg.data), cfg.heldout, cfg.data)
-    policy, tokenizer = load(model_name(cfg.model.name, console), device=device, dtype=dtype_of(cfg, device))
+    device = pick_device(cfg.device)
+    train_pairs, heldout_pairs = split(read_pairs(cfg.data), cfg.heldout, cfg.data)
+    name = model_name(cfg.model.name)
+    policy, tokenizer = load(name, device=device, dtype=dtype_of(cfg, device))
     reference = reference_of(policy)
-    pad, limit = sampling_rule(policy, tokenizer, 1.0).pad_id, cfg.max_tokens or context_of(policy.lm)
-    train, heldout = (that_fit((item_of(tokenizer, p.prompt, (p.chosen, p.rejected), p.truncated) for p in side),
-                               limit, "pairs") for side in sides)
+    pad_id = sampling_params(policy, tokenizer, 1.0).pad_id
+    max_tokens = cfg.max_tokens or context_of(policy.lm)
+    train = filter_by_length(tokenize_pairs(tokenizer, train_pairs), max_tokens, "pairs")
+    heldout = filter_by_length(tokenize_pairs(tokenizer, heldout_pairs), max_tokens, "pairs")
     folder = new_run(cfg, "dpo", argv)
-    say(f"device: {device}   run: {folder}   {len(train)} pairs, {len(heldout)} held out")
+    log_line(f"device: {device}   run: {folder}   {len(train)} pairs, {len(heldout)} held out")
 
     def objective(items: list[Item]) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = collate(items, pad, device)
+        batch = collate(items, pad_id, device)
         with torch.no_grad():
-            ref_logprobs = reference.evaluate(batch).logprobs
-        return dpo(policy.evaluate(batch).logprobs, ref_logprobs, cfg.beta)
+            ref_logprobs = reference(batch).logprobs
+        return dpo(policy(batch).logprobs, ref_logprobs, cfg.beta)
 
     before, after = fit(cfg, policy, objective, train, heldout, open_log(cfg, folder))
-    finish(folder, policy.lm, tokenizer, before, after, "held-out pairs; implicit rewards beta·log(pi/ref), in nats")
+    title = "held-out pairs; implicit rewards beta·log(pi/ref), in nats"
+    finish(folder, policy.lm, tokenizer, before, after, title)
+
+
+def tokenize_pairs(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> list[Item]:
+    """Each prompt with its two responses, (chosen, rejected)."""
+    return [tokenize(tokenizer, p.prompt, (p.chosen, p.rejected), p.truncated) for p in pairs]

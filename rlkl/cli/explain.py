@@ -1,35 +1,35 @@
-"""What a configuration really optimises; with --verify, where its own functions lead."""
+"""`rlkl explain`: what a configuration really optimises; with --verify, where it converges."""
 
 from __future__ import annotations
 
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from rlkl.algorithm import algorithm
-from rlkl.config import load
 from rlkl.errors import UserError
 from rlkl.explain import explain, on_cuda
 from rlkl.explain.measure import games_for
 from rlkl.explain.optimum import kl_divergence, tilted, total_variation
-from rlkl.explain.predict import Prediction, law, predict
-from rlkl.explain.tabular import Game, probabilities
-from rlkl.explain.verify import Expected, compares_groups, converge
-from rlkl.schema import Config
-from rlkl.terminal import console
+from rlkl.explain.predict import Prediction, measure_algorithm, predict
+from rlkl.explain.tabular import probabilities
+from rlkl.explain.verify import Expected, converge
+from rlkl.run.algorithm import resolve_algorithm
+from rlkl.run.config import load
+from rlkl.run.schema import Config
+from rlkl.run.terminal import console, log_line
 
 USAGE = """usage: rlkl explain [CONFIG.yaml …] [key=value …] [--verify]
 
-  --verify   follow the exact expected gradient of the very functions that the config names, yours included, on two
-             enumerated games in float64, and print where it ends beside the closed form"""
+  --verify   follow the exact expected gradient of the functions that the config names, user code
+             included, on two enumerated games in float64, and compare its end with the closed form
+"""
 
-CONVERGED = 1e-9  # the largest gradient of an end
+CONVERGED = 1e-9  # largest entry of the gradient at an end
 
 
 def main(argv: list[str]) -> None:
     """what a configuration optimises, its optimum, its traps, its size; --verify measures it"""
     if {"-h", "--help"} & set(argv):
-        console.print(escape(USAGE))
+        log_line(USAGE)
         return
     if unknown := [a for a in argv if a.startswith("-") and a != "--verify"]:
         raise UserError(f"rlkl explain has no option {unknown[0]!r}; it takes --verify")
@@ -37,46 +37,83 @@ def main(argv: list[str]) -> None:
     for topic, lines in explain(cfg, on_cuda(cfg)).topics.items():
         console.print(f"\n[bold]{topic}[/]")
         for line in lines:
-            console.print("  " + escape(line))
+            log_line(f"  {line}")
     if "--verify" in argv:
         verify(cfg)
 
 
 def verify(cfg: Config) -> None:
-    """One table a game: each reply's probability under ref, as measured, and by the closed form."""
-    chosen = algorithm(cfg)
-    if chosen.selector is not None:
-        raise UserError("--verify enumerates rollouts one by one, and a selector ranks the tokens of a whole one: "
-                        "leave the selector out to verify the rest")
-    found = law(cfg, chosen)
-    for game in games_for(cfg, chosen):
-        expected = Expected(cfg, chosen, game)
+    """Print one table per game: each response's probability as measured and in closed form."""
+    algorithm = resolve_algorithm(cfg)
+    if algorithm.selector is not None:
+        raise UserError(
+            "--verify enumerates rollouts one by one, and a selector ranks the tokens of a whole "
+            "one: leave the selector out to verify the rest"
+        )
+    measured = measure_algorithm(cfg, algorithm)
+    for game in games_for(cfg, algorithm):
+        expected = Expected(cfg, algorithm, game)
         table, left = converge(expected)
-        show(cfg, game, expected, table, left, predict(found, game, expected.probability(table).detach()))
+        end = expected.probability(table).detach()
+        prediction = predict(measured, game, end)
+        console.print()
+        console.print(response_table(expected, end.tolist(), prediction))
+        for line in summary(expected, end, left, prediction):
+            log_line(f"  {line}")
 
 
-def show(
-    cfg: Config, game: Game, expected: Expected, table: Tensor, left: float, prediction: Prediction | None
-) -> None:
-    """One table and what it adds up to."""
-    measured, ref = expected.probability(table).detach(), probabilities(game, game.table)
-    rows, _, group = expected.rollouts
-    smaller = f", in groups of {group}" if group != cfg.sampling.group_size else ""
-    if compares_groups(expected.algorithm, cfg):
-        smaller = f", in rollouts of {rows.shape[1]} replies"
-    columns = ["reply", "score", "ref", "measured"] + (["closed form"] if prediction else [])
-    lines = Table(*columns, title=f"{game.name}{smaller}", title_justify="left")
-    for i, reply in enumerate(game.replies):
-        cells = [" ".join(map(str, reply[game.mask[i]].tolist())), f"{game.scores[i]:g}", f"{ref[i]:.6f}",
-                 f"{measured[i]:.6f}", *([f"{prediction.joint[i]:.6f}"] if prediction else [])]
-        lines.add_row(*cells)
-    console.print()
-    console.print(lines)
-    summary = [f"mean score {measured @ game.scores:.6f}   KL(pi || ref) {kl_divergence(measured, ref):.6f} nats   "
-             f"gradient left {left:.1e}{'' if left < CONVERGED else ': it is still on its way'}"]
-    summary.append(f"closed form   pi ∝ {prediction.symbols}   TV {total_variation(measured, prediction.joint):.1e}"
-                 if prediction else "closed form   none is known")
-    if cfg.kl_ref.coef > 0:
-        summary.append("pi*           pi ∝ ref · exp(score/beta), the optimum of E[score] - beta KL(pi || ref)   "
-                       f"TV {total_variation(measured, tilted(ref, game.scores, cfg.kl_ref.coef)):.1e}")
-    console.print("\n".join("  " + escape(line) for line in summary))
+def response_table(expected: Expected, end: list[float], prediction: Prediction | None) -> Table:
+    """One row per response: its tokens, its score and its probabilities."""
+    game = expected.game
+    columns = ["response", "score", "ref", "measured"]
+    if prediction:
+        columns.append("closed form")
+    table = Table(*columns, title=game.name + enumerated(expected), title_justify="left")
+    ref = probabilities(game, game.table).tolist()
+    for i, response in enumerate(game.responses):
+        ids = response[game.mask[i]].tolist()
+        cells = [
+            " ".join(str(token) for token in ids),
+            f"{game.scores[i]:g}",
+            f"{ref[i]:.6f}",
+            f"{end[i]:.6f}",
+        ]
+        if prediction:
+            cells.append(f"{prediction.joint[i]:.6f}")
+        table.add_row(*cells)
+    return table
+
+
+def enumerated(expected: Expected) -> str:
+    """The end of a title, where the rollouts are smaller than the configuration's."""
+    rows, _, group_size = expected.rollouts
+    if expected.across_groups:
+        return f", in rollouts of {rows.shape[1]} responses"
+    if group_size != expected.cfg.sampling.group_size:
+        return f", in groups of {group_size}"
+    return ""
+
+
+def summary(
+    expected: Expected, end: Tensor, left: float, prediction: Prediction | None
+) -> list[str]:
+    """Lines: where it ended, and how far that is from the closed form and from pi*."""
+    game, beta = expected.game, expected.cfg.kl_ref.coef
+    ref = probabilities(game, game.table)
+    on_its_way = "" if left < CONVERGED else ": it has not converged"
+    lines = [
+        f"mean score {end @ game.scores:.6f}   KL(pi || ref) {kl_divergence(end, ref):.6f} nats   "
+        f"gradient left {left:.1e}{on_its_way}"
+    ]
+    if prediction:
+        distance = total_variation(end, prediction.joint)
+        lines.append(f"closed form   pi ∝ {prediction.symbols}   TV {distance:.1e}")
+    else:
+        lines.append("closed form   none is known")
+    if beta > 0:
+        distance = total_variation(end, tilted(ref, game.scores, beta))
+        lines.append(
+            "pi*           pi ∝ ref · exp(score/beta), the optimum of E[score] - beta KL(pi || ref)"
+            f"   TV {distance:.1e}"
+        )
+    return lines

@@ -1,104 +1,160 @@
-"""Preferences: replies are sampled, or given; a judge, a reward model or the task's rule says which one is better."""
+"""Label preferences: a judge, a reward model or the task's score picks the better response."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Generator, Tensor
 
-from rlkl.build import dtype_of, model_name, pick_device
 from rlkl.cli.common import configure
-from rlkl.config import resolve
 from rlkl.errors import UserError
-from rlkl.model import Policy, decode, encode, left_pad, load, sampling_rule
-from rlkl.preferences import Pair
-from rlkl.rewards import REWARDS, Reward, from_task, judge
+from rlkl.plugins import resolve
+from rlkl.policy.model import load, sampling_params
+from rlkl.policy.policy import Policy
+from rlkl.rewards import REWARDS, Reward, compute_scores, from_task
 from rlkl.rollout import SAMPLERS
-from rlkl.rollout.sample import draw_uniforms
-from rlkl.rows import json_rows
-from rlkl.schema_supervised import Draws, Label
-from rlkl.seeds import draw, generator
-from rlkl.supervised import collate, item_of
+from rlkl.rollout.sampling import decode, draw_uniforms, encode, left_pad
+from rlkl.run.build import dtype_of, model_name, pick_device
+from rlkl.run.seeds import generator, sample_examples
+from rlkl.run.terminal import log_line
+from rlkl.supervised.data import collate, tokenize
+from rlkl.supervised.preferences import Pair
+from rlkl.supervised.schema import LabelConfig, LabelSampling
 from rlkl.tasks import TASKS
-from rlkl.terminal import console, say
+from rlkl.tasks.read_jsonl import json_rows
 from rlkl.types import Batch, Example
 
-ROWS = 512  # replies sampled, or judged, at once
-Judged = tuple[list[Example], Batch]  # B rows: the example of each, and its reply
+ROWS = 512  # responses sampled at once
+Responses = tuple[list[Example], Batch]  # B rows: the example of each, and its response
 
 
 def main(argv: list[str]) -> None:
-    """label pairs of replies as chosen and rejected: the file that reward-model and dpo learn from"""
-    cfg = configure(argv, Label, "label", __doc__ or "")
+    """label pairs of responses as chosen and rejected, the file that reward-model and dpo read"""
+    cfg = configure(argv, LabelConfig, "label", __doc__ or "")
     if cfg is None:
         return
-    out, device = Path(cfg.out), pick_device(cfg.device)
+    out = Path(cfg.out)
     if out.exists():
-        raise UserError(f"out={cfg.out}: the file exists, and is never overwritten: choose another, or delete it")
+        raise UserError(
+            f"out={cfg.out}: the file exists and is never overwritten: choose another, or delete it"
+        )
+    device = pick_device(cfg.device)
     task = resolve(cfg.task, TASKS, "task")("train")
     reward = resolve(cfg.reward, REWARDS, "reward") if cfg.reward else from_task(task.score)
-    policy, tokenizer = load(model_name(cfg.model.name, console, task), device=device, dtype=dtype_of(cfg, device))
-    if cfg.replies is not None:
-        rows = given(cfg.replies, tokenizer, policy)
+    name = model_name(cfg.model.name, task)
+    policy, tokenizer = load(name, device=device, dtype=dtype_of(cfg, device))
+    if cfg.responses is not None:
+        responses = read_responses(cfg.responses, tokenizer, policy)
     else:
-        examples = draw([task[i] for i in range(len(task))], min(cfg.sampling.prompts, len(task)), cfg.seed, step=0)
-        rows = sampled(policy, tokenizer, examples, cfg.sampling, cfg.seed)
-    pairs, ties = labelled(rows, reward, tokenizer, cfg.noise, cfg.seed)
+        examples = [task[i] for i in range(len(task))]
+        prompts = min(cfg.sampling.prompts, len(task))
+        examples = sample_examples(examples, prompts, cfg.seed, step=0)
+        responses = sample_responses(policy, tokenizer, examples, cfg.sampling, cfg.seed)
+    pairs, ties = label_pairs(responses, reward, tokenizer, cfg.noise, cfg.seed)
     if not pairs:
-        raise UserError(f"no pair: of each of the {ties} prompts every reply scored the same")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("".join(json.dumps(p.row, ensure_ascii=False) + "\n" for p in pairs), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"out={cfg.out}: cannot be written: {error.strerror}") from error
+        raise UserError(f"no pairs: for each of the {ties} prompts all responses scored the same")
+    write_pairs(out, pairs)
     first = pairs[0]
-    say(f"{out}: {len(pairs)} pairs; {ties} prompts left out, whose replies all scored the same")
-    say(f"  {str(first.prompt)[:60]!r}: {first.chosen[:80]!r} rather than {first.rejected[:80]!r}")
+    log_line(f"{out}: {len(pairs)} pairs; {ties} prompts left out: all responses scored the same")
+    prompt = str(first.prompt)[:60]
+    log_line(f"  {prompt!r}: chosen {first.chosen[:80]!r}, rejected {first.rejected[:80]!r}")
 
 
-def sampled(policy: Policy, tokenizer: Any, examples: Sequence[Example], how: Draws, seed: int
-            ) -> Iterator[Judged]:
-    """`how.samples` replies of the policy to each example, rows "(n g)"."""
-    rule, rng = sampling_rule(policy, tokenizer, how.temperature), generator(seed, 0, "samples")
-    sampler, chunk = resolve(how.backend, SAMPLERS, "sampling.backend"), max(ROWS // how.samples, 1)
-    for start in range(0, len(examples), chunk):
-        some = examples[start : start + chunk]
-        ids, mask = left_pad([encode(tokenizer, e.prompt) for e in some], rule.pad_id, policy.lm.device)
-        uniforms = draw_uniforms(len(some) * how.samples, how.max_new_tokens, rng, ids.device)
-        yield [e for e in some for _ in range(how.samples)], sampler(policy, ids, mask, uniforms, rule)
+def sample_responses(
+    policy: Policy, tokenizer: Any, examples: Sequence[Example], sampling: LabelSampling, seed: int
+) -> Iterator[Responses]:
+    """`sampling.samples` responses to each example, rows "(n g)", about ROWS of them at once."""
+    params = sampling_params(policy, tokenizer, sampling.temperature)
+    sampler = resolve(sampling.backend, SAMPLERS, "sampling.backend")
+    rng = generator(seed, 0, "samples")
+    prompts_at_once = max(ROWS // sampling.samples, 1)
+    for start in range(0, len(examples), prompts_at_once):
+        chunk = examples[start : start + prompts_at_once]
+        prompts = [encode(tokenizer, e.prompt) for e in chunk]
+        ids, mask = left_pad(prompts, params.pad_id, policy.lm.device)
+        rows = len(chunk) * sampling.samples
+        uniforms = draw_uniforms(rows, sampling.max_new_tokens, rng, ids.device)
+        row_examples = [e for e in chunk for _ in range(sampling.samples)]
+        yield row_examples, sampler(policy, ids, mask, uniforms, params)
 
 
-def given(path: str, tokenizer: Any, policy: Policy) -> Iterator[Judged]:
-    """The rows {"prompt": …, "replies": [… , …], "answer": …} of a file, one prompt at a time; other keys are info."""
-    for where, row in json_rows(path, "replies"):
-        prompt, replies = row.pop("prompt", None), row.pop("replies", None)
-        if not isinstance(prompt, str | list) or not prompt or not isinstance(replies, list) or len(replies) < 2 \
-                or not all(isinstance(r, str) for r in replies):
-            raise UserError(f"{where}: a row needs a prompt, and replies: a list of two texts or more")
-        batch = collate([item_of(tokenizer, prompt, replies)], 0, policy.lm.device)
-        yield [Example(prompt, str(row.pop("answer", "")), row)] * len(replies), batch
+def read_responses(path: str, tokenizer: Any, policy: Policy) -> Iterator[Responses]:
+    """The rows {"prompt": …, "responses": [… , …], "answer": …} of a file, one prompt at a time.
+
+    Other keys go into the example's info. Raises UserError on a bad row.
+    """
+    for where, row in json_rows(path, "responses"):
+        prompt = row.pop("prompt", None)
+        responses = row.pop("responses", None)
+        if not is_prompt(prompt) or not are_responses(responses):
+            raise UserError(
+                f"{where}: a row needs a prompt, and responses: a list of two texts or more"
+            )
+        batch = collate([tokenize(tokenizer, prompt, responses)], 0, policy.lm.device)
+        example = Example(prompt, str(row.pop("answer", "")), row)
+        yield [example] * len(responses), batch
 
 
-def labelled(rows: Iterable[Judged], reward: Reward, tokenizer: Any, noise: float, seed: int
-             ) -> tuple[list[Pair], int]:
-    """The best and the worst reply of each prompt, and how many prompts had none: Bradley-Terry, with noise > 0."""
-    rng, pairs, ties = generator(seed, 0, "labels"), [], 0
-    for examples, batch in rows:
-        replies = decode(tokenizer, batch)
-        scores = judge(reward, examples, replies, batch)[0].cpu()
-        firsts = [i for i, e in enumerate(examples) if i == 0 or e is not examples[i - 1]]
-        for start, end in zip(firsts, [*firsts[1:], len(examples)], strict=True):
-            mine = scores[start:end]
-            best, worst = start + int(mine.argmax()), start + int(mine.argmin())
+def is_prompt(value: object) -> bool:
+    """Is this text or a list of chat messages, and not empty?"""
+    return isinstance(value, str | list) and bool(value)
+
+
+def are_responses(value: object) -> bool:
+    """Is this a list of two texts or more?"""
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(x, str) for x in value)
+
+
+def label_pairs(
+    batches: Iterable[Responses], reward: Reward, tokenizer: Any, noise: float, seed: int
+) -> tuple[list[Pair], int]:
+    """The best and the worst response to each prompt, and the number of prompts without any.
+
+    A prompt has no pair where all its responses score the same. noise: see `best_wins`.
+    """
+    rng = generator(seed, 0, "labels")
+    pairs: list[Pair] = []
+    ties = 0
+    for examples, batch in batches:
+        responses = decode(tokenizer, batch)
+        scores = compute_scores(reward, examples, responses, batch)[0].cpu()
+        for _, group in groupby(range(len(examples)), key=lambda row: id(examples[row])):
+            rows = list(group)
+            best = rows[int(scores[rows].argmax())]
+            worst = rows[int(scores[rows].argmin())]
             if not scores[best] > scores[worst]:
                 ties += 1
                 continue
-            wins = torch.sigmoid((scores[best] - scores[worst]) / noise) if noise else 1.0
-            if torch.rand((), generator=rng) >= wins:
-                best, worst = worst, best
-            cut = bool(batch.truncated[best]), bool(batch.truncated[worst])
-            pairs.append(Pair(examples[start].prompt, replies[best], replies[worst], cut))
+            if best_wins(scores[best] - scores[worst], noise, rng):
+                chosen, rejected = best, worst
+            else:
+                chosen, rejected = worst, best
+            truncated = bool(batch.truncated[chosen]), bool(batch.truncated[rejected])
+            prompt = examples[chosen].prompt
+            pairs.append(Pair(prompt, responses[chosen], responses[rejected], truncated))
     return pairs, ties
+
+
+def best_wins(difference: Tensor, noise: float, rng: Generator) -> bool:
+    """Is the response with the higher score chosen? Always, or by Bradley-Terry where noise > 0.
+
+    difference: of the two scores, () > 0. Its probability is then sigmoid(difference / noise).
+    """
+    if noise == 0:
+        return True
+    return bool(torch.rand((), generator=rng) < torch.sigmoid(difference / noise))
+
+
+def write_pairs(out: Path, pairs: Sequence[Pair]) -> None:
+    """Write one JSON object a line. Raises UserError where the file cannot be written."""
+    lines = [json.dumps(pair.row, ensure_ascii=False) + "\n" for pair in pairs]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"out={out}: cannot be written: {error.strerror}") from error

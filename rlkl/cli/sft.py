@@ -1,42 +1,66 @@
-"""Supervised fine-tuning: cross-entropy on the answers of a task, of a model that exists or of a fresh one."""
+"""Supervised fine-tuning: cross-entropy on the solutions of a task."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from rlkl.build import dtype_of, model_name, pick_device
 from rlkl.cli.common import configure, finish, new_run, open_log
-from rlkl.config import resolve
-from rlkl.model import context_of, load, sampling_rule
-from rlkl.schema_supervised import Sft
-from rlkl.scratch import make_scratch
-from rlkl.supervised import Item, collate, cross_entropy, fit, item_of, reply_tokens, that_fit
+from rlkl.plugins import resolve
+from rlkl.policy.model import context_of, load, sampling_params
+from rlkl.policy.policy import Policy
+from rlkl.run.build import dtype_of, model_name, pick_device
+from rlkl.run.terminal import log_line
+from rlkl.supervised.data import Item, collate, filter_by_length, tokenize
+from rlkl.supervised.fit import count_response_tokens, cross_entropy, fit
+from rlkl.supervised.schema import SFTConfig
+from rlkl.supervised.scratch import make_scratch
 from rlkl.tasks import TASKS
-from rlkl.terminal import console, say
 
 
 def main(argv: list[str]) -> None:
-    """teach a model the answers of a task, or of a file of prompts and answers"""
-    cfg = configure(argv, Sft, "sft", __doc__ or "")
+    """teach a model the solutions of a task, or of a file of prompts and answers"""
+    cfg = configure(argv, SFTConfig, "sft", __doc__ or "")
     if cfg is None:
         return
-    make_task, device = resolve(cfg.task, TASKS, "task"), pick_device(cfg.device)
-    tasks = [make_task(side) for side in ("train", "heldout")]
-    with tempfile.TemporaryDirectory() as scratch:
-        fresh = make_scratch(Path(scratch), cfg.scratch, cfg.seed) if cfg.scratch.layers else None
-        name = fresh or model_name(cfg.model.name, console, tasks[0])
-        policy, tokenizer = load(str(name), device=device, dtype=dtype_of(cfg, device))
-    pad, limit = sampling_rule(policy, tokenizer, 1.0).pad_id, cfg.max_tokens or context_of(policy.lm)
-    train, heldout = (that_fit([item_of(tokenizer, task[i].prompt, [task[i].solution]) for i in range(len(task))],
-                               limit, "rows") for task in tasks)
+    make_task = resolve(cfg.task, TASKS, "task")
+    device = pick_device(cfg.device)
+    train_task, heldout_task = make_task("train"), make_task("heldout")
+    policy, tokenizer = load_start(cfg, train_task, device)
+    pad_id = sampling_params(policy, tokenizer, 1.0).pad_id
+    max_tokens = cfg.max_tokens or context_of(policy.lm)
+    train = filter_by_length(solutions(train_task, tokenizer), max_tokens, "rows")
+    heldout = filter_by_length(solutions(heldout_task, tokenizer), max_tokens, "rows")
     folder = new_run(cfg, "sft", argv)
-    say(f"device: {device}   run: {folder}   {len(train)} rows, {len(heldout)} held out")
+    log_line(f"device: {device}   run: {folder}   {len(train)} rows, {len(heldout)} held out")
 
     def objective(items: list[Item]) -> tuple[Tensor, dict[str, Tensor]]:
-        return cross_entropy(policy.evaluate(collate(items, pad, device)).logprobs)
+        return cross_entropy(policy(collate(items, pad_id, device)).logprobs)
 
-    before, after = fit(cfg, policy, objective, train, heldout, open_log(cfg, folder), reply_tokens)
-    finish(folder, policy.lm, tokenizer, before, after, "held out; loss in nats per token of the answers")
+    log = open_log(cfg, folder)
+    before, after = fit(cfg, policy, objective, train, heldout, log, count_response_tokens)
+    title = "held out; loss in nats per token of the solutions"
+    finish(folder, policy.lm, tokenizer, before, after, title)
+
+
+def load_start(
+    cfg: SFTConfig, task: Any, device: torch.device
+) -> tuple[Policy, PreTrainedTokenizerBase]:
+    """The model that training starts from: a fresh one with `scratch.layers`, else model.name."""
+    dtype = dtype_of(cfg, device)
+    if not cfg.scratch.layers:
+        return load(model_name(cfg.model.name, task), device=device, dtype=dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        make_scratch(Path(folder), cfg.scratch, cfg.seed)
+        return load(folder, device=device, dtype=dtype)
+
+
+def solutions(task: Any, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
+    """Each prompt of a task with its solution."""
+    examples = [task[i] for i in range(len(task))]
+    return [tokenize(tokenizer, e.prompt, [e.solution]) for e in examples]

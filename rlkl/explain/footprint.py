@@ -1,4 +1,4 @@
-"""What a step takes: tokens, and bytes by what they are for. No weight is loaded, only the model's config."""
+"""Tokens and memory of one training step. Only the model's config is read, no weight is loaded."""
 
 from __future__ import annotations
 
@@ -11,45 +11,48 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from rlkl import lora, scratch
-from rlkl.algorithm import reads_old
-from rlkl.config import resolve
 from rlkl.errors import UserError, first_line
-from rlkl.explain.activations import kept
+from rlkl.explain.activations import row_activations
 from rlkl.logprobs import LOGITS_BUDGET
-from rlkl.model import encode
+from rlkl.logprobs.tiled import tile_for
+from rlkl.plugins import resolve
+from rlkl.policy import lora
 from rlkl.rollout import SAMPLERS
-from rlkl.rollout.engine import slots_on
-from rlkl.schema import Config, Lora
+from rlkl.rollout.engine import default_slots
+from rlkl.rollout.sampling import encode
+from rlkl.run.algorithm import reads_old_logprobs
+from rlkl.run.schema import Config, Lora
+from rlkl.supervised import scratch
 from rlkl.tasks import TASKS
-from rlkl.tiles import tile_for
 
-LOGITS_HELD = 6  # (M, V) float32 tensors that the plain log-prob holds at its peak; twice as many with an exact KL
-TILES_HELD = 4, 6  # a tile's products and what is made of them at the peak; with an exact KL
-PROMPTS = 1000  # looked at for the longest
+# (M, V) float32 tensors alive at the peak of the plain log-prob; twice as many with an exact KL
+LOGITS_HELD = 6
+# tiles alive at the peak of the tiled log-prob: without and with an exact KL
+TILES_HELD = (4, 6)
+MAX_PROMPTS = 1000  # prompts looked at for the longest one
 DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
 
 class Tokens(NamedTuple):
-    """Of one step, at most: what is sampled, and what passes through a model."""
+    """Upper bounds of one step: tokens that are sampled, and tokens that pass through a model."""
 
-    prompt: int  # longest prompt
+    prompt: int  # of the longest prompt
     sampled: int
-    scored: int  # by the reference and pi_old, forward only
+    scored: int  # forward only, by the reference and by pi_old
     learned: int  # forward and backward, all epochs
 
 
 class Memory(NamedTuple):
-    """Bytes on the device, by what they are for; `host`: beside it, in the CPU's memory."""
+    """Bytes on the device by purpose; `host` is memory of the CPU."""
 
     weights: int
     reference: int
-    masters: int  # float32, of bf16 weights
+    masters: int  # float32 copies of bf16 weights
     moments: int  # AdamW's two
     kv_cache: int
-    choices: int  # while a token is sampled: logits, probabilities, their sums, a float32 copy of the unembedding
+    choices: int  # to pick a token: logits, probabilities, their sums, a float32 unembedding
     gradients: int
-    activations: int  # kept for the backward pass, and one layer more that is at work
+    activations: int  # saved for the backward pass, and one more layer that is being computed
     logits: int
     host: int
 
@@ -63,7 +66,10 @@ class Memory(NamedTuple):
 
     @property
     def learning(self) -> int:
-        """At the end of a forward pass, or in the step, where masters get gradients of their own width."""
+        """The larger of the forward pass's end and the optimizer step.
+
+        In the step, masters have gradients of their own width.
+        """
         step = 2 * self.gradients if self.masters else self.gradients
         return max(self.gradients + self.activations + self.logits, step)
 
@@ -73,159 +79,241 @@ class Memory(NamedTuple):
 
 
 def architecture(cfg: Config) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The model's config and tokenizer. UserError if they are not here."""
+    """The model's config and tokenizer. UserError where they cannot be read."""
     if cfg.model.name == "tiny":
         tokenizer = scratch.character_tokenizer()
         return scratch.architecture(tokenizer), tokenizer
     try:
-        return AutoConfig.from_pretrained(cfg.model.name), AutoTokenizer.from_pretrained(cfg.model.name)
+        config = AutoConfig.from_pretrained(cfg.model.name)
+        return config, AutoTokenizer.from_pretrained(cfg.model.name)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.name={cfg.model.name!r}: its config cannot be read: {first_line(error)}") from error
+        raise UserError(
+            f"model.name={cfg.model.name!r}: its config cannot be read: {first_line(error)}"
+        ) from error
+
+
+# ------------------------------------------------------------------ tokens
 
 
 def tokens(cfg: Config, tokenizer: PreTrainedTokenizerBase, task: Any = None) -> Tokens:
-    """With the longest of the task's first prompts, and every reply as long as it may be."""
+    """The tokens of a step in which every prompt and every response is as long as it may be."""
     task = resolve(cfg.task, TASKS, "task")("train") if task is None else task
-    lengths = [len(encode(tokenizer, task[i].prompt)) for i in range(min(len(task), PROMPTS))]
-    longest = min(max(lengths), cfg.sampling.max_prompt_tokens or max(lengths))
+    count = min(len(task), MAX_PROMPTS)
+    longest = max(len(encode(tokenizer, task[i].prompt)) for i in range(count))
+    longest = min(longest, cfg.sampling.max_prompt_tokens or longest)
     rows = cfg.sampling.rows
-    greedy = cfg.sampling.prompts * (cfg.sampling.baseline != "none")
-    whole = rows * (longest + cfg.sampling.max_new_tokens)
-    passes = cfg.model.reference + reads_old(cfg)
-    rounds = 1 + cfg.sampling.refills * (cfg.sampling.unanimous == "refill")
-    sampled = rounds * (rows + greedy) * cfg.sampling.max_new_tokens
-    return Tokens(longest, sampled, passes * whole, cfg.optim.epochs * whole)
+    padded = rows * (longest + cfg.sampling.max_new_tokens)
+    greedy = cfg.sampling.prompts if cfg.sampling.baseline != "none" else 0
+    resamples = cfg.sampling.zero_variance == "resample"
+    rounds = 1 + (cfg.sampling.resample_rounds if resamples else 0)
+    return Tokens(
+        prompt=longest,
+        sampled=rounds * (rows + greedy) * cfg.sampling.max_new_tokens,
+        scored=(cfg.model.reference + reads_old_logprobs(cfg)) * padded,
+        learned=cfg.optim.epochs * padded,
+    )
+
+
+# ------------------------------------------------------------------ memory
 
 
 def memory(cfg: Config, config: Any, longest: int, width: int, exact: bool, cuda: bool) -> Memory:
-    """`width`: bytes per weight, 2 for bfloat16 with float32 masters, 4, or 8. `longest`: tokens of a prompt. `exact`:
-    the KL is over the whole vocabulary."""
-    text, wide = config.get_text_config(), max(width, 4)
+    """The memory plan of a run.
+
+    config: of the model. longest: tokens of a prompt. width: bytes per weight, 2 for bfloat16
+    with float32 masters, 4 or 8. exact: the KL is over the whole vocabulary.
+    """
+    text = config.get_text_config()
+    length = longest + cfg.sampling.max_new_tokens
+    wide = max(width, 4)  # of what is never bf16
     count = parameters(config, cfg.lora)
-    network = count.backbone * (cfg.model.critic == "network")
-    value = (text.hidden_size + 1) * (cfg.model.critic != "none")  # the critic's head, never narrow
-    trained = (count.trained + network) * width + value * wide
-    masters = 4 * (count.trained + network) * (width == 2) + 4 * value * (width == 2 and cfg.optim.offload)
-    masters += trained * (width > 2 and cfg.optim.offload)  # copies of weights that are wide enough themselves
-    moments = 2 * (count.trained + network + value) * wide
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    rows, length = cfg.sampling.rows, longest + cfg.sampling.max_new_tokens
-    most = max(rows, cfg.eval.samples)  # held out, at most a rollout at once, but a prompt's replies together
-    sampled = at_once(cfg, most, cuda)
-    replied = min(cfg.optim.micro_tokens, rows * length) * cfg.sampling.max_new_tokens // length
-    away = cfg.optim.offload
+    critic_network = count.backbone if cfg.critic.kind == "network" else 0
+    critic_head = text.hidden_size + 1 if cfg.critic.kind != "none" else 0  # float32 at least
+    trained = (count.trained + critic_network) * width + critic_head * wide
+    masters = master_bytes(cfg, count.trained + critic_network, critic_head, width)
+    moments = 2 * (count.trained + critic_network + critic_head) * wide
+    offload = cfg.optim.offload
+    has_reference = cfg.model.reference and not cfg.lora.r  # LoRA: the policy without its adapter
+    sampled_rows = concurrent_rows(cfg, cuda)
+    row_tokens = cfg.sampling.rows * length
+    response_tokens = min(cfg.optim.micro_tokens, row_tokens) * cfg.sampling.max_new_tokens
     return Memory(
-        weights=(count.policy + network) * width + value * wide,
-        reference=count.policy * width * (cfg.model.reference and not cfg.lora.r),
-        masters=0 if away else masters, moments=0 if away else moments, host=masters + moments if away else 0,
-        kv_cache=2 * text.num_hidden_layers * heads * head * width * sampled * length,
-        choices=((2 * wide + 16) * sampled + 4 * text.hidden_size * (width == 2 and not cuda)) * text.vocab_size,
+        weights=(count.policy + critic_network) * width + critic_head * wide,
+        reference=count.policy * width if has_reference else 0,
+        masters=0 if offload else masters,
+        moments=0 if offload else moments,
+        kv_cache=sampled_rows * length * kv_bytes_per_token(text, width),
+        choices=choice_bytes(text, sampled_rows, width, cuda),
         gradients=trained,
         activations=activations(cfg, config, length, DTYPES[width]),
-        logits=logits(cfg, replied, text.vocab_size, wide, exact, cuda))
+        logits=logits(cfg, response_tokens // length, text.vocab_size, wide, exact, cuda),
+        host=masters + moments if offload else 0,
+    )
 
 
-def at_once(cfg: Config, rows: int, cuda: bool) -> int:
-    """Replies that hold keys and values at the same time: all of them, or as many as the backend has slots."""
-    options = signature(resolve(cfg.sampling.backend, SAMPLERS, "sampling.backend")).parameters
+def master_bytes(cfg: Config, trained: int, critic_head: int, width: int) -> int:
+    """Bytes of the optimizer's own copies of the trained weights.
+
+    On the device only bf16 weights have them, and the critic's head is never bf16. Offloaded, all
+    weights have them.
+    """
+    if cfg.optim.offload:
+        return (trained + critic_head) * max(width, 4)
+    return 4 * trained if width == 2 else 0
+
+
+def kv_bytes_per_token(text: Any, width: int) -> int:
+    """Keys and values of one token, in all layers."""
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * head_size * width
+
+
+def choice_bytes(text: Any, rows: int, width: int, cuda: bool) -> int:
+    """What picking a token from the logits takes: two (B, V) tensors, and two of float64.
+
+    A CPU multiplies bf16 hidden states by a float32 copy of the unembedding.
+    """
+    per_row = 2 * max(width, 4) + 16
+    copy = 4 * text.hidden_size if width == 2 and not cuda else 0
+    return (per_row * rows + copy) * text.vocab_size
+
+
+def concurrent_rows(cfg: Config, cuda: bool) -> int:
+    """Responses that hold keys and values at once: all, or as many as the backend has slots.
+
+    An evaluation samples no more rows at once than a rollout, but all samples of a prompt together.
+    """
+    rows = max(cfg.sampling.rows, cfg.eval.samples)
+    sampler = resolve(cfg.sampling.backend, SAMPLERS, "sampling.backend")
+    options = signature(sampler).parameters
     if "slots" not in options:
         return rows
-    return min(rows, options["slots"].default or slots_on("cuda" if cuda else "cpu"))
+    return min(rows, options["slots"].default or default_slots("cuda" if cuda else "cpu"))
 
 
 class Count(NamedTuple):
-    """Parameters."""
+    """Numbers of parameters."""
 
-    policy: int  # the adapter's too
-    backbone: int  # of it, before any adapter
+    policy: int  # with the adapter
+    backbone: int  # of the policy, without the adapter
     trained: int
 
 
 def parameters(config: Any, adapter: Lora) -> Count:
+    """Count the parameters of a model of this config, without allocating them."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
         backbone = sum(p.numel() for p in lm.base_model.parameters())
         if adapter.r:
             lora.adapt(lm, **asdict(adapter))
-    sizes = [(p.numel(), p.requires_grad) for p in lm.parameters()]
-    return Count(sum(n for n, _ in sizes), backbone, sum(n for n, trained in sizes if trained))
+    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+    return Count(sum(p.numel() for p in lm.parameters()), backbone, trained)
 
 
 def activations(cfg: Config, config: Any, length: int, dtype: torch.dtype) -> int:
-    """Of the largest micro-batch, in the policy's trunk and in that of a critic network."""
+    """Bytes saved by the largest micro-batch, in the policy's backbone and the critic's network."""
     layers = config.get_text_config().num_hidden_layers
     rows = min(max(cfg.optim.micro_tokens // length, 1), cfg.sampling.rows)
-    trunks = [cfg.lora, Lora()] if cfg.model.critic == "network" else [cfg.lora]
+    adapters = [cfg.lora, Lora()] if cfg.critic.kind == "network" else [cfg.lora]
+    computed = 2 if cfg.model.gradient_checkpointing else layers + 1
     total = 0.0
-    for adapter in trunks:
-        row = kept(config, dtype, adapter, length)
-        total += layers * row.entry + row.rest + row.inside * (2 if cfg.model.checkpointing else layers + 1)
+    for adapter in adapters:
+        row = row_activations(config, dtype, adapter, length)
+        total += layers * row.input + row.rest + row.inside * computed
     return int(rows * total)
 
 
-def logits(cfg: Config, replied: int, vocabulary: int, width: int, exact: bool, cuda: bool) -> int:
-    """Bytes of logits while one pass through the head is learned from: all of them, or tiles if they are too many."""
-    rows, kinds = min(replied, cfg.optim.head_tokens or replied), 2 if exact else 1
-    all_fit = cfg.model.logprobs == "auto" and rows * vocabulary * 4 <= LOGITS_BUDGET
-    if all_fit or cfg.model.logprobs == "reference":
-        return LOGITS_HELD * kinds * rows * vocabulary * width
+def logits(cfg: Config, tokens: int, vocabulary: int, width: int, exact: bool, cuda: bool) -> int:
+    """Bytes of logits while one pass through the head is learned from.
+
+    All logits at once where they are few, else tiles. tokens: of responses in a micro-batch.
+    """
+    rows = min(tokens, cfg.optim.head_tokens or tokens)
+    policies = 2 if exact else 1
+    full = policies * rows * vocabulary * width
+    fits = cfg.model.logprobs == "auto" and rows * vocabulary * 4 <= LOGITS_BUDGET
+    if fits or cfg.model.logprobs == "reference":
+        return LOGITS_HELD * full
     tile = tile_for(rows, vocabulary, width, cuda)
-    all_of_them = kinds * rows * vocabulary * width
-    kept = all_of_them if cfg.optim.head_tokens else min(int(cfg.model.keep_logits_gb * 1e9), all_of_them)
-    return TILES_HELD[exact] * tile.rows * tile.columns * width + kept
+    saved = full if cfg.optim.head_tokens else min(int(cfg.model.keep_logits_gb * 1e9), full)
+    return TILES_HELD[exact] * tile.rows * tile.columns * width + saved
 
 
 def width_of(cfg: Config, cuda: bool) -> int:
+    """Bytes per weight."""
     return {"float32": 4, "bfloat16": 2, "float64": 8, "auto": 2 if cuda else 4}[cfg.model.dtype]
 
 
-def described(found: Memory) -> Iterator[tuple[str, dict[str, float]]]:
-    """Lines as templates, and the numbers in them, in GB."""
-    numbers = found._asdict() | {name: getattr(found, name) for name in ("resident", "sampling", "learning", "peak")}
-    lines = ["memory    {resident_gb} GB: weights {weights_gb}, reference {reference_gb}, masters {masters_gb}, "
-             "moments {moments_gb}",
-             "sampling  {sampling_gb} more: KV cache {kv_cache_gb}, logits {choices_gb}",
-             "learning  {learning_gb} more: gradients {gradients_gb}, activations {activations_gb}, logits {logits_gb}"]
-    lines += ["host      {host_gb} GB of the CPU's memory: masters and moments"] * bool(found.host)
-    for line in [*lines, "peak      {peak_gb} GB"]:
-        yield line, {f"{n}_gb": float(f"{x / 1e9:.3g}") for n, x in numbers.items() if f"{{{n}_gb}}" in line}
+# ------------------------------------------------------------------ what is printed
+
+
+def memory_lines(plan: Memory) -> Iterator[tuple[str, dict[str, float]]]:
+    """Lines as templates, each with its numbers in GB, rounded to three digits."""
+    totals = {name: getattr(plan, name) for name in ("resident", "sampling", "learning", "peak")}
+    numbers = {
+        f"{name}_gb": float(f"{x / 1e9:.3g}") for name, x in (plan._asdict() | totals).items()
+    }
+    lines = [
+        "memory    {resident_gb} GB: weights {weights_gb}, reference {reference_gb}, "
+        "masters {masters_gb}, moments {moments_gb}",
+        "sampling  {sampling_gb} more: KV cache {kv_cache_gb}, logits {choices_gb}",
+        "learning  {learning_gb} more: gradients {gradients_gb}, activations {activations_gb}, "
+        "logits {logits_gb}",
+    ]
+    if plan.host:
+        lines.append("host      {host_gb} GB of the CPU's memory: masters and moments")
+    lines.append("peak      {peak_gb} GB")
+    for line in lines:
+        yield line, {name: x for name, x in numbers.items() if f"{{{name}}}" in line}
 
 
 def plan(cfg: Config, exact: bool, device: torch.device, task: Any) -> list[str]:
-    """What `described` says of a run on this device, and what to change if it does not fit."""
+    """The memory plan of a run on this device in lines, and what to change if it does not fit."""
     try:
         config, tokenizer = architecture(cfg)
-        longest, cuda = tokens(cfg, tokenizer, task).prompt, device.type == "cuda"
+        cuda = device.type == "cuda"
+        longest = tokens(cfg, tokenizer, task).prompt
 
-        def of(changed: Config) -> Memory:
+        def plan_of(changed: Config) -> Memory:
             return memory(changed, config, longest, width_of(changed, cuda), exact, cuda)
 
-        found, room = of(cfg), available(device)
-        lines = [line.format(**{n: f"{x:g}" for n, x in numbers.items()}) for line, numbers in described(found)]
-        lines[-1] += f" of {room / 1e9:.3g} on {device}"
-        if found.peak > room:
-            peaks = {name: of(changed).peak for name, changed in remedies(cfg, longest)}
-            lines.append("will not fit. GB with " + ", ".join(
-                f"{name}: {peak / 1e9:.3g}" for name, peak in peaks.items() if peak < found.peak))
-    except Exception as error:  # an estimate stops no run: what is wrong is said where it is needed
+        needed = plan_of(cfg)
+        limit = available(device)
+        lines = [
+            line.format(**{name: f"{x:g}" for name, x in numbers.items()})
+            for line, numbers in memory_lines(needed)
+        ]
+        lines[-1] += f" of {limit / 1e9:.3g} on {device}"
+        if needed.peak > limit:
+            peaks = {name: plan_of(changed).peak for name, changed in remedies(cfg, longest)}
+            smaller = [
+                f"{name}: {peak / 1e9:.3g}" for name, peak in peaks.items() if peak < needed.peak
+            ]
+            lines.append("will not fit. GB with " + ", ".join(smaller))
+    except Exception as error:  # an estimate must not stop a run
         return [f"memory    not estimated: {first_line(error)}"]
     return lines
 
 
 def remedies(cfg: Config, longest: int) -> Iterator[tuple[str, Config]]:
-    """What takes less memory: each change alone, then all of those that leave the rollout as it is."""
-    o, half = cfg.optim, max(cfg.sampling.prompts // 2, 1)
-    micro = min(o.micro_tokens, max(longest + cfg.sampling.max_new_tokens, o.micro_tokens // 4))
+    """Changes that save memory: each alone, then all that leave the rollout as it is."""
+    half = max(cfg.sampling.prompts // 2, 1)
+    one_row = longest + cfg.sampling.max_new_tokens
+    micro_tokens = min(cfg.optim.micro_tokens, max(one_row, cfg.optim.micro_tokens // 4))
     lora = replace(cfg.lora, r=cfg.lora.r or 16)
-    model = replace(cfg.model, checkpointing=True)
+    model = replace(cfg.model, gradient_checkpointing=True)
+    offload = replace(cfg.optim, offload=True)
+    micro = replace(cfg.optim, micro_tokens=micro_tokens)
+    together = replace(offload, micro_tokens=micro_tokens)
     yield "lora.r=16", replace(cfg, lora=lora)
-    yield "model.checkpointing=true", replace(cfg, model=model)
-    yield "optim.offload=true", replace(cfg, optim=replace(o, offload=True))
-    yield f"optim.micro_tokens={micro}", replace(cfg, optim=replace(o, micro_tokens=micro))
-    yield "these together", replace(cfg, lora=lora, model=model, optim=replace(o, offload=True, micro_tokens=micro))
+    yield "model.gradient_checkpointing=true", replace(cfg, model=model)
+    yield "optim.offload=true", replace(cfg, optim=offload)
+    yield f"optim.micro_tokens={micro_tokens}", replace(cfg, optim=micro)
+    yield "these together", replace(cfg, lora=lora, model=model, optim=together)
     sampling = replace(cfg.sampling, prompts=half)
-    yield f"sampling.prompts={half}", replace(cfg, sampling=sampling, optim=replace(o, minibatch=None))
+    fewer = replace(cfg, sampling=sampling, optim=replace(cfg.optim, minibatch=None))
+    yield f"sampling.prompts={half}", fewer
 
 
 def available(device: torch.device) -> int:

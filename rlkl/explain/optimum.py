@@ -1,6 +1,6 @@
-"""Where training ends: closed forms of the tabular policy that an objective leads to. All probabilities, all exact.
+"""Closed forms of the optimal tabular policy of an objective. Derivations: docs/explain.md.
 
-r are scores, beta the coefficient of the KL, ref the reference's probabilities. Derivations: docs/explain.md.
+ref and r are (R,) probabilities of the reference and scores; beta is the coefficient of the KL.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlkl.explain.tabular import Game, visited
+from rlkl.explain.tabular import MIN_PROBABILITY, Game, visited
 
 
 def tilted(ref: Tensor, r: Tensor, beta: float) -> Tensor:
-    """pi* ∝ ref · exp(r/beta): the maximum of E[r] - beta KL(pi || ref). With beta = 0 its limit, ref on the best r."""
+    """(R,) pi* ∝ ref · exp(r/beta): the maximum of E[r] - beta KL(pi || ref).
+
+    With beta = 0 its limit: ref, restricted to the responses with the best score.
+    """
     if beta == 0:
         best = torch.where(r >= r.max() - 1e-9, ref, torch.zeros_like(ref))
         return best / best.sum()
@@ -23,42 +26,54 @@ def tilted(ref: Tensor, r: Tensor, beta: float) -> Tensor:
 
 
 def forward_tilted(ref: Tensor, r: Tensor, beta: float) -> Tensor:
-    """beta · ref / (λ - r), λ such that it sums to 1: the maximum of E[r] - beta KL(ref || pi)."""
-    low, high = float(r.max()) + beta * float(ref[r.argmax()]), float(r.max()) + beta
+    """(R,) beta · ref / (λ - r): the maximum of E[r] - beta KL(ref || pi). It sums to 1 by λ."""
+    low = float(r.max()) + beta * float(ref[r.argmax()])
+    high = float(r.max()) + beta
     level = bisect(lambda x: float((beta * ref / (x - r)).sum()) - 1, low * (1 - 1e-15), high)
     return beta * ref / (level - r)
 
 
 def token_level(game: Game, r: Tensor, solve: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """(R,) the policy that solves each prefix for itself, from the last token back: solve(ref, q) → pi, all (choices,).
+    """(R,) the policy that solves each state by itself, from the last token back.
 
-    q(a) is the mean score of what follows under pi. The KL that is still to come is charged to nobody: with a KL at
-    each token in the loss, the root is ref · exp(E[r|a]/beta) where the sequence's KL wants the soft value.
+    solve(ref, q) → pi, each of the choices in one state; q is the mean score that follows under pi.
+    No state is charged for the KL of later ones: with a KL at each token in the loss, the first
+    token has ref · exp(E[r | a]/beta), where the KL of the sequence would have the soft value.
     """
-    columns, ref = visited(game), game.table.softmax(0)
-    table, value = game.table.clone(), r.clone()  # value[row]: mean score given the row's first t tokens
+    columns = visited(game)
+    ref = game.table.softmax(0)
+    table = game.table.clone()
+    value = r.clone()  # of each row: the mean score given its first t tokens
     for t in reversed(range(columns.shape[1])):
         for column in columns[game.mask[:, t], t].unique():
             rows = (columns[:, t] == column) & game.mask[:, t]
-            tokens = game.replies[rows, t].unique()
-            q = torch.stack([value[rows & (game.replies[:, t] == a)][0] for a in tokens])
+            tokens = game.responses[rows, t].unique()
+            q = torch.stack([value[rows & (game.responses[:, t] == a)][0] for a in tokens])
             pi = solve(ref[tokens, column], q)
-            table[tokens, column] = pi.clamp_min(1e-300).log()
+            table[tokens, column] = pi.clamp_min(MIN_PROBABILITY).log()
             value = torch.where(rows, (pi * q).sum(), value)
-    chosen = table[game.replies, columns]
-    return chosen.masked_fill(~game.mask, 0.0).sum(1).exp()
+    logprobs = table[game.responses, columns]
+    return logprobs.masked_fill(~game.mask, 0.0).sum(1).exp()
+
+
+# ------------------------------------------------------------------ binary scores over their std
 
 
 def binary_threshold(p_ref: float) -> float:
-    """beta_c: with scores 0 and 1 over their std, and reverse KL in the loss, a smaller beta cannot hold the policy.
+    """beta_c: the smallest beta at which the reverse KL in the loss still constrains the policy.
 
     2 asinh(beta) - logit p_ref = (2/beta) · sqrt(1 + beta²); 1.508879561538 for p_ref = 1/2.
     """
-    return bisect(lambda b: 2 * math.asinh(b) - logit(p_ref) - 2 / b * math.sqrt(1 + b * b), 1e-9, 1e9)
+    return bisect(
+        lambda b: 2 * math.asinh(b) - logit(p_ref) - 2 / b * math.sqrt(1 + b * b), 1e-9, 1e9
+    )
 
 
 def binary_reverse(p_ref: float, beta: float) -> float:
-    """P(right) there: l - logit p_ref = (2/beta) cosh(l/2), l = logit p, its lower root; 1 below the threshold."""
+    """P(right) with the reverse KL in the loss; 1 below the threshold.
+
+    The lower root of l - logit p_ref = (2/beta) cosh(l/2), where l = logit p.
+    """
     top = 2 * math.asinh(beta)  # where the two sides are closest
 
     def gap(x: float) -> float:
@@ -70,19 +85,25 @@ def binary_reverse(p_ref: float, beta: float) -> float:
 
 
 def binary_forward(p_ref: float, beta: float) -> float:
-    """P(right) with k3 in the loss instead: p - p_ref = sqrt(p (1-p)) / beta, always inside (0, 1)."""
+    """P(right) with k3 in the loss: p - p_ref = sqrt(p (1-p)) / beta, always inside (0, 1)."""
     square = beta**-2
-    b, a = 2 * p_ref + square, 1 + square
+    a = 1 + square
+    b = 2 * p_ref + square
     return (b + math.sqrt(b * b - 4 * a * p_ref**2)) / (2 * a)
 
 
+# ------------------------------------------------------------------ distances and roots
+
+
 def total_variation(p: Tensor, q: Tensor) -> float:
+    """Σ |p - q| / 2."""
     return float((p - q).abs().sum() / 2)
 
 
 def kl_divergence(p: Tensor, q: Tensor) -> float:
     """Σ p log(p/q), nats."""
-    return float(torch.where(p > 0, p * (p.clamp_min(1e-300) / q).log(), 0.0).sum())
+    log_ratio = (p.clamp_min(MIN_PROBABILITY) / q).log()
+    return float(torch.where(p > 0, p * log_ratio, 0.0).sum())
 
 
 def logit(p: float) -> float:
@@ -94,5 +115,8 @@ def bisect(f: Callable[[float], float], low: float, high: float) -> float:
     rising = f(high) > f(low)
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (low, middle) if (f(middle) > 0) == rising else (middle, high)
+        if (f(middle) > 0) == rising:
+            high = middle
+        else:
+            low = middle
     return (low + high) / 2

@@ -1,4 +1,7 @@
-"""The closed form of the policy that a configuration leads to, as far as one is known: from what was measured of it."""
+"""The closed form of the policy that a configuration converges to, where one is known.
+
+It follows from the measured parts of the configuration: `measure_algorithm`, then `predict`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlkl.algorithm import Algorithm, in_reward
 from rlkl.errors import UserError, first_line
 from rlkl.explain.measure import (
     FORWARD,
@@ -28,7 +30,8 @@ from rlkl.explain.measure import (
 from rlkl.explain.optimum import forward_tilted, tilted, token_level
 from rlkl.explain.tabular import Game, probabilities, table_of
 from rlkl.explain.verify import Expected
-from rlkl.schema import Config
+from rlkl.run.algorithm import Algorithm, kl_in_reward
+from rlkl.run.schema import Config
 
 
 class Prediction(NamedTuple):
@@ -39,122 +42,165 @@ class Prediction(NamedTuple):
 
 
 @dataclass
-class Law:
-    """What decides where a configuration leads: its parts as they were measured."""
+class MeasuredAlgorithm:
+    """A configuration, and what was measured of its functions."""
 
     cfg: Config
     algorithm: Algorithm
     credit: Credit
-    factor: float | None  # the loss is this many times REINFORCE at ratio 1
-    entropy: float
+    factor: float | None  # at ratio 1 the policy loss has this many times REINFORCE's gradient
+    entropy: float  # coefficient of all entropy bonuses: the option, and any inside the loss
     kl: str  # whose gradient the KL has: NOTHING, SEQUENCE, TOKEN, FORWARD, OTHER
 
     @property
-    def held(self) -> bool:
-        """Does a KL hold the policy to the reference?"""
+    def constrained(self) -> bool:
+        """Does a KL constrain the policy to the reference?"""
         return self.kl != NOTHING
 
     @property
-    def beta(self) -> float:
-        """The coefficient of the KL beside a policy gradient of strength 1."""
-        return self.cfg.kl_ref.coef
+    def strength(self) -> float | None:
+        """The policy gradient over the gradient of E[score]; None if they are not proportional."""
+        if self.credit.slope is None or self.factor is None:
+            return None
+        return self.credit.slope * self.factor
 
     @property
     def effective_entropy(self) -> float | None:
-        """The coefficient of the entropy beside E[score] - effective_beta KL; None where there is no such number."""
+        """The coefficient of the entropy beside E[score]; None where there is no such number."""
         if self.entropy == 0:
             return 0.0
-        if self.credit.slope is None or self.factor is None:
-            return None
-        return self.entropy / (self.credit.slope * self.factor)
+        return None if self.strength is None else self.entropy / self.strength
 
     @property
     def effective_beta(self) -> float | None:
-        """The coefficient at which E[score] - beta KL has the same optimum; None where there is no such number."""
-        if self.beta == 0 or in_reward(self.cfg):
-            return self.beta
-        if self.credit.slope is None or self.factor is None:
-            return None
-        return self.beta / (self.credit.slope * self.factor)
+        """The beta at which E[score] - beta KL has the same optimum; None if there is none."""
+        beta = self.cfg.kl_ref.coef
+        if beta == 0 or kl_in_reward(self.cfg):
+            return beta
+        return None if self.strength is None else beta / self.strength
 
 
-def law(cfg: Config, algorithm: Algorithm) -> Law:
-    """Measured; UserError where a function of somebody's own does not work on so small a game."""
+def measure_algorithm(cfg: Config, algorithm: Algorithm) -> MeasuredAlgorithm:
+    """Measure the parts. UserError where a user's function does not work on so small a game."""
     try:
-        if cfg.kl_ref.coef == 0:
-            kl = NOTHING
-        elif in_reward(cfg):
-            kl = SEQUENCE if is_k1(algorithm.kl_ref) else OTHER
-        else:
-            kl = kl_gradient(algorithm)
-        return Law(cfg, algorithm, credit(cfg, algorithm), reinforce_factor(algorithm.loss, per_token=False),
-                   entropy_coef(algorithm.loss), kl)
-    except Exception as error:  # a plug-in may fail in any way
-        raise UserError("the configuration cannot be measured: one of its functions failed on a game of one or two "
-                        f"tokens: {type(error).__name__}: {first_line(error)}") from error
+        return MeasuredAlgorithm(
+            cfg=cfg,
+            algorithm=algorithm,
+            credit=credit(cfg, algorithm),
+            factor=reinforce_factor(algorithm.policy_loss, per_token=False),
+            entropy=entropy_coef(algorithm.policy_loss) + cfg.entropy.coef,
+            kl=kind_of_kl(cfg, algorithm),
+        )
+    except Exception as error:  # user code may fail in any way
+        raise UserError(
+            "the configuration cannot be measured: one of its functions failed on a game of one "
+            f"or two tokens: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
-def predict(found: Law, game: Game, measured: Tensor) -> Prediction | None:
-    """None if no closed form is known. `measured` (R,) serves those that refer to the policy itself."""
+def kind_of_kl(cfg: Config, algorithm: Algorithm) -> str:
+    """Whose gradient the KL has, where it is placed."""
+    if cfg.kl_ref.coef == 0:
+        return NOTHING
+    if kl_in_reward(cfg):
+        return SEQUENCE if is_k1(algorithm.kl_ref) else OTHER
+    return kl_gradient(algorithm)
+
+
+def predict(measured: MeasuredAlgorithm, game: Game, end: Tensor) -> Prediction | None:
+    """The closed form on a game; None if none is known.
+
+    end: (R,) where training ended. Forms that contain the mean advantage under pi itself read it.
+    """
+    factor = measured.factor
+    if factor is None or not is_reinforce(measured, game):
+        return None
     ref = probabilities(game, game.table)
-    by_token = found.factor is not None and game.mask.shape[1] > 1 and not same_on_all_tokens(found, game)
-    if found.factor is None or (by_token and reinforce_factor(found.algorithm.loss, per_token=True) is None):
-        return None
-    if not found.held and found.entropy == 0:
-        return Prediction("ref on the replies of the best score", tilted(ref, game.scores, 0)) \
-            if found.credit.rises else None
-    if found.kl == OTHER:
-        return None
-    if found.held and in_reward(found.cfg):
-        return in_the_reward(found, game, ref)
-    return in_the_loss(found, game, ref, measured)
-
-
-def in_the_reward(found: Law, game: Game, ref: Tensor) -> Prediction | None:
-    """pi*, if no gradient is left there: a γ, or a scale that differs from token to token, leaves one."""
-    beta, star = found.beta, tilted(ref, game.scores, found.beta)
-    if found.entropy == 0:
-        _, left = Expected(found.cfg, found.algorithm, game).ascent(table_of(game, star))
-        return Prediction("ref · exp(score/beta)", star) if left < 1e-8 else None
-    if found.credit.slope is None or game.mask.shape[1] > 1:
-        return None
-    s, e = found.credit.slope, found.entropy / found.factor
-    joint = ((s * game.scores + s * beta * ref.log()) / (s * beta + e)).softmax(0)
-    return Prediction("(ref^beta · exp(score))^(1/(beta + c))", joint)
-
-
-def in_the_loss(found: Law, game: Game, ref: Tensor, measured: Tensor) -> Prediction | None:
-    """Linear advantages have a form in the scores; others one in their own mean advantage, A(pi)."""
-    beta, e = (x / found.factor for x in (found.beta, found.entropy))
-    beta = beta if found.held else 0.0
-    expected, short = Expected(found.cfg, found.algorithm, game), game.mask.shape[1] == 1
-    cfg = with_group(found.cfg, expected.rollouts[2])  # smaller groups than asked for
-    slope = credit(cfg, found.algorithm).slope
-    if slope is None and not same_on_all_tokens(found, game):
-        return None
-    if slope is not None and not ascends_score(cfg, found.algorithm, game, slope):
-        return None
-    a = game.scores * slope if slope is not None else expected.mean_advantage(table_of(game, measured))[:, 0]
-    what = "A(pi)" if slope is None else "score" if abs(slope - 1) < 1e-9 else f"{slope:.6g} score"
-    if found.kl == FORWARD:
-        if e:
+    if not measured.constrained and measured.entropy == 0:
+        if not measured.credit.rises:
             return None
-        return Prediction(f"beta · ref / (λ - {what}){'' if short else ', prefix by prefix'}",
-                          token_level(game, a, partial(forward_tilted, beta=beta)))
-    if found.kl == SEQUENCE and not short:
-        return None if e else Prediction(f"ref · exp({what}/beta)", tilted(ref, a, beta))
-    symbols = f"ref · exp({what}/beta)" if not e else f"(ref^beta · exp({what}))^(1/(beta + c))"
-    return Prediction(symbols + ("" if short else ", prefix by prefix"),
-                      token_level(game, a, lambda p, q: ((beta * p.log() + q) / (beta + e)).softmax(0)))
+        return Prediction("ref on the responses of the best score", tilted(ref, game.scores, 0))
+    if measured.kl == OTHER:
+        return None
+    if measured.constrained and kl_in_reward(measured.cfg):
+        return in_the_reward(measured, factor, game, ref)
+    return in_the_loss(measured, factor, game, ref, end)
 
 
-def with_group(cfg: Config, size: int) -> Config:
+def is_reinforce(measured: MeasuredAlgorithm, game: Game) -> bool:
+    """Does the policy loss have REINFORCE's gradient at ratio 1, with this game's advantages?"""
+    if game.mask.shape[1] == 1 or same_on_all_tokens(measured, game):
+        return True
+    return reinforce_factor(measured.algorithm.policy_loss, per_token=True) is not None
+
+
+def in_the_reward(
+    measured: MeasuredAlgorithm, factor: float, game: Game, ref: Tensor
+) -> Prediction | None:
+    """pi*, if the gradient vanishes there. A discount, or a scale per token, leaves one."""
+    beta = measured.cfg.kl_ref.coef
+    if measured.entropy == 0:
+        star = tilted(ref, game.scores, beta)
+        expected = Expected(measured.cfg, measured.algorithm, game)
+        _, left = expected.ascent(table_of(game, star))
+        return Prediction("ref · exp(score/beta)", star) if left < 1e-8 else None
+    slope = measured.credit.slope
+    if slope is None or game.mask.shape[1] > 1:
+        return None
+    entropy = measured.entropy / factor
+    logits = (slope * game.scores + slope * beta * ref.log()) / (slope * beta + entropy)
+    return Prediction("(ref^beta · exp(score))^(1/(beta + c))", logits.softmax(0))
+
+
+def in_the_loss(
+    measured: MeasuredAlgorithm, factor: float, game: Game, ref: Tensor, end: Tensor
+) -> Prediction | None:
+    """A form in the scores where the advantage is linear in them, else in A(pi).
+
+    A(pi) is the mean advantage of a response under the policy where training ended.
+    """
+    beta = measured.cfg.kl_ref.coef / factor if measured.constrained else 0.0
+    entropy = measured.entropy / factor
+    expected = Expected(measured.cfg, measured.algorithm, game)
+    one_token = game.mask.shape[1] == 1
+    cfg = with_group_size(measured.cfg, expected.rollouts[2])  # perhaps smaller groups
+    slope = credit(cfg, measured.algorithm).slope
+    if slope is None:
+        if not same_on_all_tokens(measured, game):
+            return None
+        tilt = expected.mean_advantage(table_of(game, end))[:, 0]
+        symbol = "A(pi)"
+    else:
+        if not ascends_score(cfg, measured.algorithm, game, slope):
+            return None
+        tilt = game.scores * slope
+        symbol = "score" if abs(slope - 1) < 1e-9 else f"{slope:.6g} score"
+
+    prefixes = "" if one_token else ", prefix by prefix"
+    if measured.kl == FORWARD:
+        if entropy:
+            return None
+        joint = token_level(game, tilt, partial(forward_tilted, beta=beta))
+        return Prediction(f"beta · ref / (λ - {symbol}){prefixes}", joint)
+    if measured.kl == SEQUENCE and not one_token:
+        if entropy:
+            return None
+        return Prediction(f"ref · exp({symbol}/beta)", tilted(ref, tilt, beta))
+    joint = token_level(
+        game, tilt, lambda p, q: ((beta * p.log() + q) / (beta + entropy)).softmax(0)
+    )
+    if entropy:
+        return Prediction(f"(ref^beta · exp({symbol}))^(1/(beta + c)){prefixes}", joint)
+    return Prediction(f"ref · exp({symbol}/beta){prefixes}", joint)
+
+
+def with_group_size(cfg: Config, size: int) -> Config:
     return replace(cfg, sampling=replace(cfg.sampling, group_size=size))
 
 
-def same_on_all_tokens(found: Law, game: Game) -> bool:
-    """Does each reply have one advantage, as group estimators give, or one a token?"""
-    expected, joint = Expected(without_kl(found.cfg), found.algorithm, game), probabilities(game, game.table)
-    old = expected.base.ref_logprobs
-    a = expected.advantages(joint, old)
-    return bool(torch.allclose(a, a[:, :1].expand_as(a), atol=1e-9))
+def same_on_all_tokens(measured: MeasuredAlgorithm, game: Game) -> bool:
+    """Has each response one advantage, as group estimators give, and not one per token?"""
+    expected = Expected(without_kl(measured.cfg), measured.algorithm, game)
+    joint = probabilities(game, game.table)
+    advantages = expected.advantages(joint, expected.base.ref_logprobs)
+    return bool(torch.allclose(advantages, advantages[:, :1].expand_as(advantages), atol=1e-9))

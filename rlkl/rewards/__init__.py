@@ -1,17 +1,16 @@
-"""Judge: reward(examples, replies, batch) -> (scores (B,), parts {name: (B,)}), and how scores become token rewards.
+"""Rewards: reward(examples, responses, batch) -> (scores, parts), one score for each response.
 
-Scores are a tensor, or a list in which None says that the reward does not apply to that reply.
+scores: (B,), or a list in which None means that the reward does not apply to that response. parts:
+{name: (B,)}, what the score consists of, to be logged. After `compute_scores` None is NaN.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from math import inf, nan
+from math import nan
 
 import torch
-from einops import rearrange, repeat
 from torch import Tensor
 
 from rlkl.errors import UserError
@@ -25,110 +24,114 @@ Reward = Callable[[Sequence[Example], Sequence[str], Batch], tuple[Scores, dict[
 
 
 def from_task(score: Callable[[Example, str], float | dict[str, float]]) -> Reward:
-    """The reward of a run without a `reward:` section: task.score of each reply; named parts are summed."""
+    """The reward of a run without a `reward:` section: task.score of each response.
+
+    Where the task scores with named parts, their sum is the score.
+    """
 
     @functools.wraps(score)
-    def reward(examples: Sequence[Example], replies: Sequence[str], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        judged = [score(e, r) for e, r in zip(examples, replies, strict=True)]
-        rows = [j if isinstance(j, dict) else {"score": j} for j in judged]
-        names = dict.fromkeys(name for r in rows for name in r)
-        parts = {name: torch.tensor([float(r.get(name, 0.0)) for r in rows]) for name in names}
-        return torch.stack(list(parts.values())).sum(0), parts if len(parts) > 1 else {}
+    def reward(
+        examples: Sequence[Example], responses: Sequence[str], batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = []
+        for example, response in zip(examples, responses, strict=True):
+            scored = score(example, response)
+            rows.append(scored if isinstance(scored, dict) else {"score": scored})
+        names = dict.fromkeys(name for row in rows for name in row)
+        parts = {name: torch.tensor([float(row.get(name, 0.0)) for row in rows]) for name in names}
+        scores = torch.stack(list(parts.values())).sum(0)
+        return scores, parts if len(parts) > 1 else {}
 
     return reward
 
 
-def judge(reward: Reward, examples: Sequence[Example], replies: Sequence[str], batch: Batch
-          ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(B,) scores, NaN where the reward says None, and named parts. UserError where it raises or gives no number."""
+def compute_scores(
+    reward: Reward, examples: Sequence[Example], responses: Sequence[str], batch: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The (B,) float32 scores of the responses, NaN where the reward gives None; and named parts.
+
+    Raises UserError where the reward raises, and where it does not give one number per response.
+    """
     try:
-        given, parts = reward(examples, replies, batch)
+        given, parts = reward(examples, responses, batch)
         numbers = [nan if s is None else s for s in given] if isinstance(given, list) else given
         scores = torch.as_tensor(numbers, dtype=torch.float32, device=batch.mask.device)
-    except Exception as error:  # somebody else's code may fail in any way
-        raise refused(reward, error) from error
-    if scores.shape != (len(replies),) or not scores.isfinite().all():
-        check(reward, given, scores, examples, replies)
+    except Exception as error:  # user code may fail in any way
+        raise reward_error(reward, error) from error
+    if scores.shape != (len(responses),):
+        shape = tuple(scores.shape)
+        raise reward_error(reward, f"gave scores of shape {shape} for {len(responses)} responses")
+    for row in (~scores.isfinite()).nonzero().flatten().tolist():
+        if not isinstance(given, list) or given[row] is not None:
+            raise reward_error(
+                reward,
+                f"gave {scores[row].item()} for the response {responses[row]!r} "
+                f"to {examples[row].prompt!r}",
+            )
     return scores, parts
 
 
-def check(reward: Reward, given: Scores, scores: Tensor, examples: Sequence[Example], replies: Sequence[str]) -> None:
-    """UserError if there is not one number a reply; None is one that does not exist."""
-    if scores.shape != (len(replies),):
-        raise refused(reward, f"gave scores of shape {tuple(scores.shape)} for {len(replies)} replies")
-    for row in (~scores.isfinite()).nonzero().flatten().tolist():
-        if not isinstance(given, list) or given[row] is not None:
-            raise refused(
-                reward, f"gave {scores[row].item()} for the reply {replies[row]!r} to {examples[row].prompt!r}")
+def reward_error(reward: Reward, reason: str | Exception) -> UserError:
+    """A UserError of one line that names the reward. A UserError is returned as it is."""
+    if isinstance(reason, UserError):
+        return reason
+    if isinstance(reason, Exception):
+        reason = f"raised {type(reason).__name__}: {reason}".splitlines()[0]
+    function = getattr(reward, "func", reward)  # inside a functools.partial
+    name = getattr(function, "__name__", type(function).__name__)
+    return UserError(f"the reward {name} {reason}")
 
 
-def refused(reward: Reward, why: str | Exception) -> UserError:
-    function = getattr(reward, "func", reward)  # of a partial
-    if isinstance(why, UserError):  # it says itself what the matter is
-        return why
-    if isinstance(why, Exception):
-        why = f"raised {type(why).__name__}: {why}".splitlines()[0]
-    return UserError(f"the reward {getattr(function, '__name__', type(function).__name__)} {why}")
-
-
-def optional(scores: Tensor) -> list[float | None]:
-    """NaN as None: how a reward that is made of others says that none of them applies."""
+def nan_to_none(scores: Tensor) -> list[float | None]:
+    """Scores as a reward returns them, where it is made of others and none of them applies."""
     return [None if s != s else s for s in scores.tolist()]
 
 
-def without_rows(batch: Batch, rows: Tensor) -> Batch:
-    """The batch in which these rows, (B,) bool, have no token: nothing after this sees them, their group is smaller."""
-    return replace(batch, mask=batch.mask & ~rows[:, None])
+def weighted_sum(rewards: Sequence[tuple[str, float, Reward]]) -> Reward:
+    """The reward Σ weight · score of several (name, weight, reward).
 
-
-def informative(scores: Tensor, group_size: int) -> Tensor:
-    """(B,) bool: the rows of groups whose scores differ (DAPO's dynamic sampling, arXiv:2503.14476, eq. 11).
-
-    A unanimous group has no advantage, yet costs a forward and a backward pass. NaN is no score. All rows if every
-    group is unanimous.
-    """
-    groups = rearrange(scores, "(n g) -> n g", g=group_size)
-    kept = repeat(groups.nan_to_num(-inf).amax(1) > groups.nan_to_num(inf).amin(1), "n -> (n g)", g=group_size)
-    return kept if kept.any() else torch.ones_like(kept)
-
-
-def token_rewards(scores: Tensor, mask: Tensor) -> Tensor:
-    """(B,) scores → (B, T): each on the last sampled token of its reply, the EOS if there is one; zero elsewhere."""
-    last = mask.long().cumsum(1).argmax(1, keepdim=True)  # the first column that reaches the full count
-    placed = torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device).scatter(1, last, scores[:, None])
-    return placed.masked_fill(~mask, 0.0)
-
-
-def weighted(rewards: Sequence[tuple[str, float, Reward]]) -> Reward:
-    """(name, weight, reward) of each part → their weighted sum; a part that is None is left out of the sum of that row.
-
-    Each is a named part, unweighted, and so are its own parts, as name/part.
+    A reward that gives None is left out of that response's sum; if all do, the sum is None. Each
+    reward is a named part, unweighted, and its own parts are called name/part.
     """
 
-    def total(examples: Sequence[Example], replies: Sequence[str], batch: Batch) -> tuple[Scores, dict[str, Tensor]]:
-        parts, sums = {}, torch.zeros(len(replies), device=batch.mask.device)
+    def total(
+        examples: Sequence[Example], responses: Sequence[str], batch: Batch
+    ) -> tuple[Scores, dict[str, Tensor]]:
+        parts: dict[str, Tensor] = {}
+        sums = torch.zeros(len(responses), device=batch.mask.device)
         applies = torch.zeros_like(sums, dtype=torch.bool)
         for name, weight, reward in rewards:
-            scores, own = judge(reward, examples, replies, batch)
-            parts |= {name: scores} | {f"{name}/{part}": torch.as_tensor(x) for part, x in own.items()}
-            sums, applies = sums + weight * scores.nan_to_num(0.0), applies | ~scores.isnan()
-        if failed := [x for name, x in parts.items() if name.endswith("/failed")]:
-            parts["failed"] = torch.stack(failed).amax(0)  # in any of them
-        return optional(sums.masked_fill(~applies, nan)), parts
+            scores, own_parts = compute_scores(reward, examples, responses, batch)
+            sums = sums + weight * scores.nan_to_num(0.0)
+            applies = applies | ~scores.isnan()
+            parts[name] = scores
+            for part, values in own_parts.items():
+                parts[f"{name}/{part}"] = torch.as_tensor(values)
+        failed = [values for name, values in parts.items() if name.endswith("/failed")]
+        if failed:
+            parts["failed"] = torch.stack(failed).amax(0)  # 1 where any of them failed
+        return nan_to_none(sums.masked_fill(~applies, nan)), parts
 
     return total
 
 
 def with_overlong(reward: Reward, max_tokens: int, buffer: int, coef: float) -> Reward:
-    """`reward` + coef · overlong, which is a named part of it. A reply that has no score is not punished either."""
+    """`reward` + coef · overlong, which becomes a named part. None stays None."""
 
     @functools.wraps(reward)
-    def shaped(examples: Sequence[Example], replies: Sequence[str], batch: Batch) -> tuple[Scores, dict[str, Tensor]]:
-        scores, parts = judge(reward, examples, replies, batch)
+    def shaped(
+        examples: Sequence[Example], responses: Sequence[str], batch: Batch
+    ) -> tuple[Scores, dict[str, Tensor]]:
+        scores, parts = compute_scores(reward, examples, responses, batch)
         penalty = coef * overlong(batch.mask, max_tokens, buffer)
-        return optional(scores + penalty), (parts or {"score": scores}) | {"overlong": penalty}
+        parts = parts or {"score": scores}
+        return nan_to_none(scores + penalty), parts | {"overlong": penalty}
 
     return shaped
 
 
-REWARDS: dict[str, Callable] = {"repetition": repetition, "judge": principle_judge, "reward_model": reward_model}
+REWARDS: dict[str, Callable] = {
+    "repetition": repetition,
+    "judge": principle_judge,
+    "reward_model": reward_model,
+}

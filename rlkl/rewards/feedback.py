@@ -1,4 +1,7 @@
-"""AI feedback: a causal LM is asked whether a reply follows a written principle (Bai et al. 2022, arXiv:2212.08073)."""
+"""AI feedback: a causal LM is asked whether a response follows a principle.
+
+Bai et al. 2022, arXiv:2212.08073. The score is the log-odds of yes against no as its next token.
+"""
 
 from __future__ import annotations
 
@@ -10,84 +13,125 @@ import torch
 from torch import Tensor
 
 from rlkl.errors import UserError
-from rlkl.model import Policy, context_of, encode, left_pad, load
+from rlkl.policy.model import context_of, load
+from rlkl.policy.policy import Policy, pack_by_tokens
+from rlkl.rollout.sampling import encode, left_pad
 from rlkl.types import Batch, Example
 
 QUESTION = """Principle: {principle}
 
 Prompt: {prompt}
 
-Reply: {reply}
+Response: {response}
 
-Does the reply follow the principle? Answer yes or no.
+Does the response follow the principle? Answer yes or no.
 Answer:"""
 
 
+def principle_judge(
+    examples: Sequence[Example],
+    responses: Sequence[str],
+    batch: Batch,
+    *,
+    path: str,
+    principle: str,
+    template: str = QUESTION,
+    micro_tokens: int = 16384,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(B,) log P(yes) - log P(no) of a causal LM, asked whether the response follows the principle.
+
+    path: the LM, a directory or a hub name.
+    template: the question, with {principle}, {prompt} and {response}. It goes through the judge's
+    chat template if it has one. What is longer than the judge's context loses its beginning.
+    micro_tokens: padded tokens per forward pass.
+    """
+    policy, tokenizer = load_judge(path, batch.mask.device)
+    yes, no = answer_ids(tokenizer)
+    rows = [
+        encode_question(tokenizer, template, principle, example.prompt, response)
+        for example, response in zip(examples, responses, strict=True)
+    ]
+    context = context_of(policy.lm)
+    if context:
+        rows = [row[1 - context :] for row in rows]  # one position is left for the answer
+    logprobs = next_logprobs(policy, rows, micro_tokens)
+    return logprobs[:, yes].logsumexp(1) - logprobs[:, no].logsumexp(1), {}
+
+
 @functools.lru_cache(maxsize=4)
-def loaded(path: str, device: torch.device) -> tuple[Policy, Any]:
-    """Once a process; bfloat16 on cuda."""
+def load_judge(path: str, device: torch.device) -> tuple[Policy, Any]:
+    """The judge and its tokenizer, loaded once per process; bfloat16 on CUDA."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        policy, tokenizer = load(path, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        policy, tokenizer = load(path, device=device, dtype=dtype)
     except UserError as error:
         raise UserError(str(error).replace("model.name=", "reward.path=", 1)) from error
     return policy.requires_grad_(False), tokenizer
 
 
-def principle_judge(examples: Sequence[Example], replies: Sequence[str], batch: Batch, *, path: str, principle: str,
-                    template: str = QUESTION, micro_tokens: int = 16384) -> tuple[Tensor, dict[str, Tensor]]:
-    """log P(yes) - log P(no) of a local causal LM's next token, asked whether the reply follows the principle.
+def encode_question(
+    tokenizer: Any, template: str, principle: str, prompt: str | list[dict], response: str
+) -> list[int]:
+    """The question as the judge's token ids.
 
-    template: with {principle}, {prompt} and {reply}; sent through the chat template of a judge that has one.
+    Raises UserError where the template has a field that is not known, or no {response}.
     """
-    policy, tokenizer = loaded(path, batch.mask.device)
-    yes, no = answers(tokenizer)
-    rows = [question(tokenizer, template, principle, e.prompt, r) for e, r in zip(examples, replies, strict=True)]
-    context = context_of(policy.lm)
-    logprobs = next_logprobs(policy, [r[1 - context :] if context else r for r in rows], micro_tokens)
-    return logprobs[:, yes].logsumexp(1) - logprobs[:, no].logsumexp(1), {}
-
-
-def question(tokenizer: Any, template: str, principle: str, prompt: str | list[dict], reply: str
-             ) -> list[int]:
-    """The question as the judge's tokens. UserError where the template has another field, or leaves the reply out."""
     if isinstance(prompt, list):
         prompt = "\n".join(f"{m.get('role', '')}: {m.get('content', '')}" for m in prompt)
     try:
-        text = template.format(principle=principle, prompt=prompt, reply=reply)
+        text = template.format(principle=principle, prompt=prompt, response=response)
     except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"reward.template: only {{principle}}, {{prompt}} and {{reply}} are known: {error}") from error
-    if "{reply}" not in template:
-        raise UserError("reward.template must hold {reply}: the judge would not see what it judges")
-    return encode(tokenizer, [{"role": "user", "content": text}] if tokenizer.chat_template else text)
+        raise UserError(
+            f"reward.template: only {{principle}}, {{prompt}} and {{response}} are known: {error}"
+        ) from error
+    if "{response}" not in template:
+        raise UserError("reward.template must contain {response}, which the judge is to score")
+    if tokenizer.chat_template:
+        return encode(tokenizer, [{"role": "user", "content": text}])
+    return encode(tokenizer, text)
 
 
-def answers(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The token ids that begin a yes, and those that begin a no. UserError where one cannot be told from the other."""
-    first = [set(starts(tokenizer, word)) for word in ("yes", "no")]
-    yes, no = (sorted(mine - other) for mine, other in (first, first[::-1]))
+def answer_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The token ids that begin a yes, and those that begin a no.
+
+    An id that begins both is in neither. Raises UserError where one of the lists is empty.
+    """
+    begins_yes = set(word_ids(tokenizer, "yes"))
+    begins_no = set(word_ids(tokenizer, "no"))
+    yes, no = sorted(begins_yes - begins_no), sorted(begins_no - begins_yes)
     if not yes or not no:
-        raise UserError("reward.path: the judge's tokenizer writes yes and no with the same first token")
+        raise UserError(
+            "reward.path: the judge's tokenizer has no tokens that tell yes and no apart"
+        )
     return yes, no
 
 
-def starts(tokenizer: Any, word: str) -> list[int]:
-    """yes, Yes, YES, with and without a space before: those that are one token, else the first token of each."""
-    forms = [space + form for form in (word, word.capitalize(), word.upper()) for space in ("", " ")]
-    ids = [tokenizer(form, add_special_tokens=False).input_ids for form in forms]
-    known = [x for x in ids if x and x[0] != tokenizer.unk_token_id]
-    return [x[0] for x in known if len(x) == 1] or [x[0] for x in known]
+def word_ids(tokenizer: Any, word: str) -> list[int]:
+    """The ids of yes, Yes, YES, with and without a space before, that are one token.
+
+    If none is, the first id of each.
+    """
+    cases = word, word.capitalize(), word.upper()
+    spellings = [space + case for case in cases for space in ("", " ")]
+    encoded = [tokenizer(s, add_special_tokens=False).input_ids for s in spellings]
+    known = [ids for ids in encoded if ids and ids[0] != tokenizer.unk_token_id]
+    single = [ids[0] for ids in known if len(ids) == 1]
+    return single or [ids[0] for ids in known]
 
 
 @torch.no_grad()
 def next_logprobs(policy: Policy, rows: Sequence[list[int]], max_tokens: int) -> Tensor:
-    """(B, V) log-probs of the token that follows each row, in micro-batches of at most `max_tokens` padded tokens."""
-    found: dict[int, Tensor] = {}
-    order, start = sorted(range(len(rows)), key=lambda i: -len(rows[i])), 0
-    while start < len(order):
-        some = order[start : start + max(max_tokens // len(rows[order[start]]), 1)]
-        ids, mask = left_pad([rows[i] for i in some], 0, policy.lm.device)
-        last = torch.ones_like(mask[:, :1])  # a token that is not there: only the state before it is asked for
-        batch = Batch(ids, mask, ids[:, :1], last, last.float(), last[:, 0])
-        found |= zip(some, policy.logits(policy.states(batch)[:, 0]).log_softmax(-1), strict=True)
-        start += len(some)
-    return torch.stack([found[i] for i in range(len(rows))])
+    """(B, V) log-probs of the token after each row, in nats.
+
+    In micro-batches of at most `max_tokens` padded tokens.
+    """
+    logprobs: dict[int, Tensor] = {}
+    for indices in pack_by_tokens([(len(row),) for row in rows], max_tokens):
+        ids, mask = left_pad([rows[i] for i in indices], 0, policy.lm.device)
+        # A response of one token, whose id is never read: only the state before it is needed.
+        one_token = torch.ones_like(mask[:, :1])
+        no_logprobs = one_token.float()
+        batch = Batch(ids, mask, ids[:, :1], one_token, no_logprobs, truncated=one_token[:, 0])
+        logits = policy.logits(policy.states(batch)[:, 0])
+        logprobs |= zip(indices, logits.log_softmax(-1), strict=True)
+    return torch.stack([logprobs[i] for i in range(len(rows))])

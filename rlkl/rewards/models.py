@@ -1,4 +1,7 @@
-"""Reward models: any AutoModelForSequenceClassification directory reads prompt and reply and gives one number."""
+"""Reward models: a sequence classifier reads prompt and response, and its logit is the score.
+
+Any directory or hub name of Hugging Face's AutoModelForSequenceClassification will do.
+"""
 
 from __future__ import annotations
 
@@ -10,156 +13,250 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from rlkl.errors import UserError, first_line
-from rlkl.model import context_of, encode
+from rlkl.policy.model import context_of
+from rlkl.policy.policy import pack_by_tokens
+from rlkl.rollout.sampling import encode, right_pad
 from rlkl.types import Batch, Example
+
+TOLERANCE = 1e-3  # between our scores and the model's own
+
+# ------------------------------------------------------------------ the reward
+
+
+def reward_model(
+    examples: Sequence[Example],
+    responses: Sequence[str],
+    batch: Batch,
+    *,
+    path: str,
+    label: str | None = None,
+    normalise: bool = True,
+    micro_tokens: int = 16384,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(B,) scores of a sequence classifier: a model of `rlkl reward-model`, or any other.
+
+    path: a directory or a hub name.
+    label: of a classifier with several labels, the one whose log-odds are the score.
+    normalise: subtract the mean of the reference's rewards and divide by their standard deviation,
+    if the model's config has them.
+    micro_tokens: padded tokens per forward pass.
+    """
+    model = load_once(path, label, batch.mask.device)
+    finished = (~batch.truncated).tolist()
+    rows = [
+        model.tokenize(example.prompt, response, ended, ids)
+        for example, response, ended, ids in zip(
+            examples, responses, finished, batch.responses(), strict=True
+        )
+    ]
+    scores = model.score(rows, micro_tokens)
+    mean = getattr(model.lm.config, "reward_mean", None)
+    std = getattr(model.lm.config, "reward_std", None)
+    if normalise and mean is not None and std:
+        scores = (scores - mean) / std
+    return scores, {}
+
+
+@functools.lru_cache(maxsize=4)
+def load_once(path: str, label: str | None, device: torch.device) -> RewardModel:
+    """The reward model of a run, loaded once per process; bfloat16 on CUDA."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = load_reward_model(path, "reward.path", label=label)
+    return model.requires_grad_(False).to(device, dtype)
+
+
+# ------------------------------------------------------------------ the model
 
 
 class RewardModel(nn.Module):
-    """Token lists → (B,) float32. A decoder is read at a row's last token, an encoder as it reads itself.
+    """A sequence classifier: token lists → (B,) float32 scores.
 
-    Hugging Face's own rule, the last token that is not `pad_token_id`, passes over the EOS where pad = eos.
+    A decoder is read at the last token of each row. Hugging Face reads it at the last token that is
+    not pad_token_id, which is one before the EOS if pad = eos. An encoder is called as it is.
     """
 
-    def __init__(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, column: int | None = None) -> None:
+    def __init__(self, lm: PreTrainedModel, tokenizer: Any, column: int | None = None) -> None:
+        """column: the label whose log-odds are the score; None = the only logit is the score."""
         super().__init__()
-        self.lm, self.tokenizer, self.column = lm, tokenizer, column
-        head = getattr(lm, "score", None)  # what every decoder's classifier calls it; an encoder's is `classifier`
+        self.lm = lm
+        self.tokenizer = tokenizer
+        self.column = column
+        # `score` is the head of every decoder's classifier; that of an encoder is `classifier`.
+        head = getattr(lm, "score", None)
         self.head = head if isinstance(head, nn.Linear) else None
 
     @property
     def context(self) -> int | None:
+        """The longest text that the model takes, in tokens, if its config says so."""
         return context_of(self.lm)
 
     def forward(self, rows: Sequence[list[int]]) -> Tensor:
-        lengths = torch.tensor([len(r) for r in rows], device=self.lm.device)
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(r, device=self.lm.device) for r in rows], batch_first=True)
-        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        if self.head is None:
-            logits = self.lm(input_ids=ids, attention_mask=mask.long()).logits
-        else:
-            states = self.lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            last = states[torch.arange(len(ids), device=ids.device), lengths - 1].float()
-            logits = F.linear(last, self.head.weight.float(), self.head.bias)  # in bf16 close replies would tie
+        """(B,) scores of B rows of token ids."""
+        logits = self.logits(rows)
         if self.column is None:
-            return logits[:, 0].float()
-        others = logits.float().clone()
+            return logits[:, 0]
+        others = logits.clone()
         others[:, self.column] = -torch.inf
-        return logits[:, self.column].float() - others.logsumexp(1)
+        return logits[:, self.column] - others.logsumexp(1)
+
+    def logits(self, rows: Sequence[list[int]]) -> Tensor:
+        """(B, labels) float32 logits."""
+        ids, mask = right_pad(rows, 0, self.lm.device)
+        if self.head is None:
+            return self.lm(input_ids=ids, attention_mask=mask.long()).logits.float()
+        hidden = self.lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        row = torch.arange(len(ids), device=ids.device)
+        last = hidden.last_hidden_state[row, mask.sum(1) - 1]
+        # In float32: in bfloat16 responses with close scores would tie.
+        return F.linear(last.float(), self.head.weight.float(), self.head.bias)
 
     @torch.no_grad()
     def score(self, rows: Sequence[list[int]], max_tokens: int) -> Tensor:
-        """`forward` in micro-batches of at most `max_tokens` padded tokens, longest rows first."""
+        """`forward` without gradients, in micro-batches of at most `max_tokens` padded tokens."""
         scores = torch.zeros(len(rows), device=self.lm.device)
-        order, start = sorted(range(len(rows)), key=lambda i: -len(rows[i])), 0
-        while start < len(order):
-            some = order[start : start + max(max_tokens // len(rows[order[start]]), 1)]
-            scores[some] = self([rows[i] for i in some])
-            start += len(some)
+        for indices in pack_by_tokens([(len(row),) for row in rows], max_tokens):
+            scores[indices] = self([rows[i] for i in indices])
         return scores
 
-    def read(self, prompt: str | list[dict], reply: str, finished: bool, sampled: list[int] | None = None) -> list[int]:
-        """Prompt and reply as this model's tokens; what is too long loses its beginning.
+    def tokenize(
+        self,
+        prompt: str | list[dict],
+        response: str,
+        finished: bool,
+        sampled_ids: list[int] | None = None,
+    ) -> list[int]:
+        """Prompt and response as this model's token ids. What is too long loses its beginning.
 
-        Chat messages: the whole conversation by its own template. Text: a decoder reads on, and the EOS if the reply is
-        finished; an encoder reads two segments. `sampled`: the reply's own ids, taken as they are if they are its too.
+        Chat messages become one conversation by the model's own template. Of text, an encoder reads
+        two segments; a decoder reads one, with the EOS at its end if the response is finished.
+        sampled_ids: the response as the policy sampled it; a decoder takes it as it is, if it means
+        the same text in this model's vocabulary.
         """
-        tokenizer = self.tokenizer
-        if isinstance(prompt, list) and tokenizer.chat_template:
-            ids = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": reply}], return_dict=False)
+        if isinstance(prompt, list) and self.tokenizer.chat_template:
+            conversation = [*prompt, {"role": "assistant", "content": response}]
+            ids = self.tokenizer.apply_chat_template(conversation, return_dict=False)
         else:
-            text = prompt if isinstance(prompt, str) else "\n".join(str(m.get("content", "")) for m in prompt)
+            if isinstance(prompt, list):
+                prompt = "\n".join(str(message.get("content", "")) for message in prompt)
             if self.head is None:
-                ids = tokenizer(text, reply).input_ids
-            elif sampled is not None and tokenizer.decode(sampled, skip_special_tokens=True) == reply:
-                ids = encode(tokenizer, text) + sampled
+                ids = self.tokenizer(prompt, response).input_ids
             else:
-                end = [tokenizer.eos_token_id] * (finished and tokenizer.eos_token_id is not None)
-                ids = encode(tokenizer, text) + tokenizer(reply, add_special_tokens=False).input_ids + end
+                response_ids = self.response_ids(response, finished, sampled_ids)
+                ids = encode(self.tokenizer, prompt) + response_ids
         return ids[-self.context :] if self.context else ids
 
+    def response_ids(
+        self, response: str, finished: bool, sampled_ids: list[int] | None
+    ) -> list[int]:
+        """A response as a decoder reads it: the sampled ids if they decode to it, else its text."""
+        tokenizer = self.tokenizer
+        if sampled_ids is not None:
+            text = tokenizer.decode(sampled_ids, skip_special_tokens=True)
+            if text == response:
+                return sampled_ids
+        ids = tokenizer(response, add_special_tokens=False).input_ids
+        if finished and tokenizer.eos_token_id is not None:
+            return [*ids, tokenizer.eos_token_id]
+        return ids
 
-def load_reward_model(name: str, key: str, *, label: str | None = None, fresh: bool = False) -> RewardModel:
-    """A sequence classification directory or hub name. `fresh`: with a new head, to be trained; else it must have one.
 
-    UserError on what is missing, on a classifier of several labels of which none is named, and on a model we misread.
+# ------------------------------------------------------------------ loading
+
+
+def load_reward_model(
+    name: str, key: str, *, label: str | None = None, fresh: bool = False
+) -> RewardModel:
+    """A sequence classifier from a directory or a hub name.
+
+    key: the option that names it, for error messages.
+    label: of a classifier with several labels, the one whose log-odds are the score.
+    fresh: give it a new head, which is then trained; else it must have a trained one.
+    Raises UserError on missing files or weights, on several labels where none of them is named, and
+    on a model whose own scores we do not reproduce.
     """
-    hf_logging.disable_progress_bar()
-    said, one = hf_logging.get_verbosity(), {"num_labels": 1} if fresh else {}
-    hf_logging.set_verbosity_error()  # a fresh head is what was asked for
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        found: Any = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, **one)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{key}={name!r}: not a sequence classification model with a tokenizer, as a directory or a "
-                        f"hub name: {first_line(error)}") from error
-    finally:
-        hf_logging.set_verbosity(said)
-    lm, report = found
-    if report["missing_keys"] and not fresh:
-        raise UserError(f"{key}={name!r}: no weights for {', '.join(sorted(report['missing_keys'])[:3])}: not a "
-                        "trained reward model; rlkl reward-model makes one of it")
-    names = {i: str(n) for i, n in lm.config.id2label.items()}
-    if len(names) > 1 and label not in names.values():
-        raise UserError(f"{key}={name!r} tells {len(names)} labels apart: its score is the log-odds of one of them, "
-                        f"named by label: {', '.join(names.values())}")
-    column = next(i for i, n in names.items() if n == label) if len(names) > 1 else None
+    tokenizer, lm, missing_keys = load_classifier(name, key, fresh)
+    if missing_keys and not fresh:
+        missing = ", ".join(sorted(missing_keys)[:3])
+        raise UserError(
+            f"{key}={name!r}: no weights for {missing}: not a trained reward model; rlkl "
+            "reward-model makes one of it"
+        )
+    labels = {str(x): i for i, x in lm.config.id2label.items()}
+    column = None
+    if len(labels) > 1:
+        if label not in labels:
+            raise UserError(
+                f"{key}={name!r} has {len(labels)} labels; the score is the log-odds of one of "
+                f"them: set label to {', '.join(labels)}"
+            )
+        column = labels[label]
     model = RewardModel(lm.eval(), tokenizer, column)
-    if fresh:
-        new_head(model, key, name)
-    check_reproduced(model, key, name)
+    if fresh and model.head is not None:
+        reset_head(model, model.head, f"{key}={name!r}")
+    check_reproduced(model, f"{key}={name!r}")
     return model
 
 
-def new_head(model: RewardModel, key: str, name: str) -> None:
-    """N(0, 1/(D+1)) as in Ziegler et al. 2019; and a pad id that is not the EOS, for Hugging Face's own rule."""
-    tokenizer, lm = model.tokenizer, model.lm
-    if model.head is None:
-        return
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{key}={name!r}: its tokenizer has no EOS token, so no reply could ever end; set eos_token")
-    with torch.no_grad():
-        g = torch.Generator().manual_seed(0)
-        model.head.weight.copy_(torch.randn(model.head.weight.shape, generator=g) / (lm.config.hidden_size + 1) ** 0.5)
-    pad = next(i for i in (tokenizer.pad_token_id, 0, 1) if i is not None and i != tokenizer.eos_token_id)
-    lm.config.get_text_config().pad_token_id = pad
+def load_classifier(name: str, key: str, fresh: bool) -> tuple[Any, Any, set[str]]:
+    """Tokenizer, classifier and the names of the weights that its files lack."""
+    options: dict[str, Any] = {"num_labels": 1} if fresh else {}
+    hf_logging.disable_progress_bar()
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # no warning of the head that a fresh model does not have
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{key}={name!r}: not a sequence classification model with a tokenizer, as a directory "
+            f"or a hub name: {first_line(error)}"
+        ) from error
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    lm, report = loaded
+    return tokenizer, lm, report["missing_keys"]
 
 
-def check_reproduced(model: RewardModel, key: str, name: str) -> None:
-    """Short rows beside longer ones, and each alone by the model itself; UserError if 1e-3 apart."""
-    known = [i for i in range(len(model.tokenizer)) if i != model.lm.config.get_text_config().pad_token_id]
-    rows = [[known[(i * 37 + 5) % len(known)] for i in range(n)] for n in (9, 4, 12)]
-    with torch.no_grad():
-        own = torch.stack([model.lm(input_ids=torch.tensor([r]).to(model.lm.device)).logits[0] for r in rows]).float()
-        model.column, column = None, model.column
-        gap = (model(rows) - own[:, 0]).abs().max().item()
-        model.column = column
-    if not gap <= 1e-3:
-        raise UserError(f"{key}={name!r}: {model.lm.config.model_type} classifiers are not supported: our scores are "
-                        f"{gap:.2g} off the model's own")
+def reset_head(model: RewardModel, head: nn.Linear, source: str) -> None:
+    """Draw the head's weights from N(0, 1/(D+1)), as in Ziegler et al. 2019, from a fixed seed.
 
-
-@functools.lru_cache(maxsize=4)
-def loaded(path: str, label: str | None, device: torch.device) -> RewardModel:
-    """Once a process; bfloat16 on cuda."""
-    model = load_reward_model(path, "reward.path", label=label).requires_grad_(False)
-    return model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-
-
-def reward_model(examples: Sequence[Example], replies: Sequence[str], batch: Batch, *, path: str,
-                 label: str | None = None, normalise: bool = True, micro_tokens: int = 16384
-                 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a sequence classifier says of prompt and reply: a reward model of `rlkl reward-model`, or any other.
-
-    normalise: minus the mean, over the standard deviation, of the reference's replies, where its config has them.
-    label: the one whose log-odds are the score, where the classifier tells several apart.
+    The config gets a pad id other than the EOS, so that Hugging Face too reads the last token.
+    source: the option and its value, for error messages. Raises UserError without an EOS token.
     """
-    model = loaded(path, label, batch.mask.device)
-    rows = zip(examples, replies, batch.replies(), (~batch.truncated).tolist(), strict=True)
-    scores = model.score([model.read(e.prompt, r, done, ids) for e, r, ids, done in rows], micro_tokens)
-    mean, std = (getattr(model.lm.config, f"reward_{x}", None) for x in ("mean", "std"))
-    return ((scores - mean) / std if normalise and mean is not None and std else scores), {}
+    eos_id = model.tokenizer.eos_token_id
+    if eos_id is None:
+        raise UserError(
+            f"{source}: its tokenizer has no EOS token, so no response could ever end; set "
+            "eos_token"
+        )
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(head.weight.shape, generator=rng)
+    with torch.no_grad():
+        head.weight.copy_(weight / (model.lm.config.hidden_size + 1) ** 0.5)
+    candidates = (model.tokenizer.pad_token_id, 0, 1)
+    pad_id = next(i for i in candidates if i is not None and i != eos_id)
+    model.lm.config.get_text_config().pad_token_id = pad_id
+
+
+@torch.no_grad()
+def check_reproduced(model: RewardModel, source: str) -> None:
+    """Compare our logits of a padded batch with the model's own of each row alone.
+
+    Raises UserError where they are more than TOLERANCE apart.
+    """
+    pad_id = model.lm.config.get_text_config().pad_token_id
+    ids = [i for i in range(len(model.tokenizer)) if i != pad_id]
+    rows = [[ids[(i * 37 + 5) % len(ids)] for i in range(length)] for length in (9, 4, 12)]
+    own = [model.lm(input_ids=torch.tensor([row]).to(model.lm.device)).logits[0] for row in rows]
+    gap = (model.logits(rows) - torch.stack(own).float())[:, 0].abs().max().item()
+    if not gap <= TOLERANCE:
+        raise UserError(
+            f"{source}: {model.lm.config.model_type} classifiers are not supported: our scores are "
+            f"{gap:.2g} off the model's own"
+        )

@@ -1,4 +1,4 @@
-"""Penalties on the shape of a reply, by its tokens: too long, or saying the same again."""
+"""Penalties computed from the tokens of a response: for its length, and for repetition."""
 
 from __future__ import annotations
 
@@ -11,18 +11,33 @@ from rlkl.types import Batch, Example
 
 
 def overlong(mask: Tensor, max_tokens: int, buffer: int) -> Tensor:
-    """(B,) from 0 to -1 over the last `buffer` tokens of the room: DAPO's soft overlong punishment (eq. 13)."""
+    """(B,) 0 down to -1 over the last `buffer` of `max_tokens` tokens, linear in the length.
+
+    The soft overlong punishment of DAPO (arXiv:2503.14476, eq. 13).
+    """
     return (max_tokens - buffer - mask.sum(1)).clamp(max=0) / buffer
 
 
-def repetition(examples: Sequence[Example], replies: Sequence[str], batch: Batch, *, n: int = 20, coef: float = 1.0
-               ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-coef · (1 - distinct n-grams / n-grams) of the reply's tokens (Yeo et al. 2025, arXiv:2502.03373, app. C.2).
+def repetition(
+    examples: Sequence[Example],
+    responses: Sequence[str],
+    batch: Batch,
+    *,
+    n: int = 20,
+    coef: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(B,) -coef · (1 - distinct n-grams / n-grams) of the response's tokens.
 
-    0 for a reply shorter than n. Open-R1 counts words, we count tokens: any language, any tokenizer.
+    Yeo et al. 2025, arXiv:2502.03373, app. C.2. 0 for a response shorter than n. Open-R1 counts
+    words; tokens work for any language. Raises ValueError unless n >= 1.
     """
     if n < 1:
-        raise ValueError(f"reward.n={n}: an n-gram has at least one token")
-    grams = [list(zip(*(reply[i:] for i in range(n)), strict=False)) for reply in batch.replies()]
-    repeated = [1 - len(set(g)) / len(g) if g else 0.0 for g in grams]
-    return -coef * torch.tensor(repeated, device=batch.mask.device), {}
+        raise ValueError(f"reward.n={n}: an n-gram has at least one token; set n >= 1")
+    repeated = torch.tensor([repeated_fraction(ids, n) for ids in batch.responses()])
+    return -coef * repeated.to(batch.mask.device), {}
+
+
+def repeated_fraction(ids: Sequence[int], n: int) -> float:
+    """The share of n-grams that are not distinct, from 0 to 1."""
+    ngrams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0

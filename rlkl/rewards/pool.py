@@ -1,4 +1,7 @@
-"""Processes for somebody else's code: each call has a time limit, and none of them can take the run down."""
+"""A pool of processes for user code, each call with a time limit and a memory limit.
+
+Code that hangs, exits or takes all memory loses its own call; the run goes on.
+"""
 
 from __future__ import annotations
 
@@ -15,48 +18,72 @@ from typing import Any
 from pebble import ProcessExpired, ProcessPool
 
 from rlkl.errors import UserError
-from rlkl.limits import limit_memory
+from rlkl.tasks.limits import limit_memory
 
-GRACE = 30  # seconds after which a worker that nobody ended ends itself: its run was killed
+# Seconds beyond the time limit after which a worker ends itself. It is needed only where the run
+# was killed, and nobody else ends its workers.
+GRACE = 30
 
 
 class Failure(str):
-    """Why there is no result, in words."""
+    """Why a call has no result, in words."""
 
 
-LOST = object()  # a worker ended, and it is not known in which call: the pool is no good any more
+# A worker died, and it is not known which call killed it. The whole pool is broken.
+LOST = object()
 
 
 class Pool:
-    """`processes` workers, started with the first call and again whenever one ends. close() ends them all.
+    """`processes` workers, started by the first call, and again when one dies. close() ends them.
 
-    They are forked from a server process of their own, which has no threads and has never seen a GPU.
+    They are forked from a server process of their own, which has no threads and never saw a GPU.
     """
 
-    def __init__(self, processes: int, seconds: float, memory_gb: float, begin: Callable[[], None]) -> None:
-        """`begin` is what a worker does before it takes calls."""
-        self.processes, self.seconds, self.start = processes, seconds, (begin, int(memory_gb * 2**30))
+    def __init__(
+        self,
+        processes: int,
+        seconds: float,
+        memory_gb: float,
+        initialize: Callable[[], None],
+    ) -> None:
+        """initialize: what a worker runs before it takes calls. seconds: the limit of one call."""
+        self.processes = processes
+        self.seconds = seconds
+        self.memory_bytes = int(memory_gb * 2**30)
+        self.initialize = initialize
         self.pool: ProcessPool | None = None
 
     def run(self, function: Callable[..., Any], calls: Sequence[tuple]) -> list[Any]:
-        """function(*call) of each call; a Failure where it took too long or ended its process. UserError is raised."""
+        """function(*call) of each call, a Failure where it took too long or killed its process.
+
+        Raises UserError where a call does.
+        """
         results = self.attempt(function, calls)
         for i, call in enumerate(calls):
-            if results[i] is LOST:
+            if results[i] is LOST:  # alone, so that a failure is its own
                 (results[i],) = self.attempt(function, [call])
         return [Failure("ended its process") if result is LOST else result for result in results]
 
     def attempt(self, function: Callable[..., Any], calls: Sequence[tuple]) -> list[Any]:
+        """As `run`, but LOST where another call may be to blame."""
         if self.pool is None:
-            self.pool = ProcessPool(self.processes, initializer=started, initargs=self.start, context=fork_server())
-        seconds = self.seconds
-        futures = [self.pool.schedule(guarded, (seconds, function, *call), timeout=seconds) for call in calls]
+            self.pool = ProcessPool(
+                self.processes,
+                initializer=start_worker,
+                initargs=(self.initialize, self.memory_bytes),
+                context=fork_server(),
+            )
+        futures = [
+            self.pool.schedule(with_alarm, (self.seconds, function, *call), timeout=self.seconds)
+            for call in calls
+        ]
         results = [self.result(future) for future in futures]
         if LOST in results:
             self.close()
         return results
 
     def result(self, future: Any) -> Any:
+        """The result of one call, a Failure or LOST. Raises UserError where the call did."""
         try:
             return future.result()
         except UserError:
@@ -67,10 +94,11 @@ class Pool:
             return Failure(f"ended its process: code {error.exitcode}")
         except BrokenProcessPool:
             return LOST
-        except Exception as error:  # such as an example that cannot be pickled
+        except Exception as error:  # for example, an example that cannot be pickled
             return Failure(f"cannot be run in a process: {type(error).__name__}: {error}"[:300])
 
     def close(self) -> None:
+        """End all workers, whatever they are doing."""
         if self.pool is not None:
             self.pool.stop()
             self.pool.join()
@@ -78,26 +106,32 @@ class Pool:
 
 
 def fork_server() -> Any:
-    """The context of a process that finds the modules this one finds, and has imported ours once for all workers."""
-    context, before = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONPATH")
+    """The multiprocessing context of a server that has imported our modules once for all workers.
+
+    The server searches for modules where this process does.
+    """
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([name for name in sys.modules if name.startswith("rlkl.")])
+    before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
     try:
         forkserver.ensure_running()
     finally:
-        os.environ.pop("PYTHONPATH")
-        os.environ |= {} if before is None else {"PYTHONPATH": before}
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
     return context
 
 
-def started(begin: Callable[[], None], memory: int) -> None:
-    """In a worker: `begin`, and from then on no more than so many bytes more."""
-    begin()
-    limit_memory(memory)
+def start_worker(initialize: Callable[[], None], memory_bytes: int) -> None:
+    """In a worker: initialize, then limit what it may allocate beyond that."""
+    initialize()
+    limit_memory(memory_bytes)
 
 
-def guarded(seconds: float, function: Callable[..., Any], *call: Any) -> Any:
-    """In a worker: an alarm ends it in the end, should there be nobody left to do so."""
+def with_alarm(seconds: float, function: Callable[..., Any], *call: Any) -> Any:
+    """In a worker: function(*call), with an alarm that ends the worker if nobody else does."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds + GRACE)
     try:

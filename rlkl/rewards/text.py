@@ -1,11 +1,13 @@
-"""Rewards that read text alone: yours, TRL's or verl's, told apart by the name of a parameter.
+"""Rewards that read only text: plain ones, TRL's and verl's, told apart by their parameter names.
 
-yours   score(example, reply) -> float | {part: float} | None, as a task's score
-TRL     f(prompts, completions, completion_ids, trainer_state, **columns) -> [float | None], one call for all replies
-verl    compute_score(data_source, solution_str, ground_truth, extra_info=None) -> float | {"score": float}
+    plain   score(example, response) -> float | {part: float} | None, like the score of a task
+    TRL     f(prompts, completions, completion_ids, trainer_state, **columns) -> [float | None],
+            one call for all responses
+    verl    compute_score(data_source, solution_str, ground_truth, extra_info=None)
+            -> float | {"score": float}
 
-Any of them may be `async def`. Keyword-only arguments with a default are its options. This file runs in the workers of
-the pool: what leaves it is plain numbers and strings, whatever the function raised or gave.
+Each may be `async def`. Keyword-only arguments with a default are options. This file runs in the
+workers of the pool; only plain numbers and strings leave it, whatever the function raises or gives.
 """
 
 from __future__ import annotations
@@ -21,37 +23,54 @@ from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from rlkl.config import from_file, resolve
 from rlkl.errors import UserError
+from rlkl.plugins import from_file, resolve
 from rlkl.types import Example
 
 
 class Row(NamedTuple):
-    """What a text reward may know of one reply."""
+    """What a text reward may read of one response."""
 
     example: Example
-    reply: str
-    ids: Sequence[int] = ()  # its tokens, the EOS too
+    response: str
+    ids: Sequence[int] = ()  # the response's tokens, including the EOS
 
 
-class Text(NamedTuple):
+class TextReward(NamedTuple):
     """A loaded text reward: call(function, rows, trainer_state) -> one value per row."""
 
-    function: Callable[..., Any]  # its options bound
+    function: Callable[..., Any]  # with its options bound
     call: Callable[..., list[Any]]
-    together: bool  # one call for all rows, or one for each
+    all_rows: bool  # one call for all rows; else one call per row
 
 
-Value = dict[str, float] | None | str  # named parts of a score; not applicable; or in words, what went wrong
+# The named parts of a score; None: not applicable; text: what went wrong.
+Value = dict[str, float] | None | str
 
 
-def from_trl(function: functools.partial, rows: Sequence[Row], trainer_state: SimpleNamespace) -> list[Any]:
-    chat = [not isinstance(row.example.prompt, str) for row in rows]
-    spoken = [[{"role": "assistant", "content": r.reply}] if c else r.reply for r, c in zip(rows, chat, strict=True)]
-    given = columns([row.example for row in rows]) | {
-        "prompts": [row.example.prompt for row in rows], "completions": spoken,
-        "completion_ids": [row.ids for row in rows], "trainer_state": trainer_state}
-    values = finished(function, **accepted(function, given))
+# ------------------------------------------------------------------ the three styles
+
+
+def call_trl(
+    function: functools.partial, rows: Sequence[Row], trainer_state: SimpleNamespace
+) -> list[Any]:
+    """One call for all rows, with the dataset's columns as keyword arguments.
+
+    Where a prompt is a chat, its completion is a list of one message.
+    """
+    completions = []
+    for row in rows:
+        if isinstance(row.example.prompt, str):
+            completions.append(row.response)
+        else:
+            completions.append([{"role": "assistant", "content": row.response}])
+    arguments = columns([row.example for row in rows]) | {
+        "prompts": [row.example.prompt for row in rows],
+        "completions": completions,
+        "completion_ids": [row.ids for row in rows],
+        "trainer_state": trainer_state,
+    }
+    values = call(function, **accepted_arguments(function, arguments))
     if not isinstance(values, Sequence) and not hasattr(values, "tolist"):
         raise TypeError(f"it gave a {type(values).__name__}, not a list")
     values = list(values)
@@ -60,108 +79,166 @@ def from_trl(function: functools.partial, rows: Sequence[Row], trainer_state: Si
     return values
 
 
-def from_verl(function: functools.partial, rows: Sequence[Row], trainer_state: SimpleNamespace) -> list[Any]:
-    info = rows[0].example.info
-    given = {"data_source": info.get("data_source", ""), "solution_str": rows[0].reply,
-             "ground_truth": rows[0].example.answer, "extra_info": info.get("extra_info", info)}
-    value = finished(function, **accepted(function, given))
+def call_verl(
+    function: functools.partial, rows: Sequence[Row], trainer_state: SimpleNamespace
+) -> list[Any]:
+    """One call for one row; the answer is `ground_truth`."""
+    example = rows[0].example
+    arguments = {
+        "data_source": example.info.get("data_source", ""),
+        "solution_str": rows[0].response,
+        "ground_truth": example.answer,
+        "extra_info": example.info.get("extra_info", example.info),
+    }
+    value = call(function, **accepted_arguments(function, arguments))
     return [value["score"] if isinstance(value, dict) else value]
 
 
-def of_a_reply(function: Callable[..., Any], rows: Sequence[Row], trainer_state: SimpleNamespace) -> list[Any]:
-    return [finished(function, rows[0].example, rows[0].reply)]
+def call_plain(
+    function: Callable[..., Any], rows: Sequence[Row], trainer_state: SimpleNamespace
+) -> list[Any]:
+    """function(example, response) of one row."""
+    return [call(function, rows[0].example, rows[0].response)]
 
 
-STYLES = {  # a parameter that only this style has → how it is called, and whether once for all replies
-    "completions": (from_trl, True), "completion_ids": (from_trl, True), "solution_str": (from_verl, False),
-    "reply": (of_a_reply, False)}
+STYLES = {  # a parameter that only this style has → how it is called, and whether once for all rows
+    "completions": (call_trl, True),
+    "completion_ids": (call_trl, True),
+    "solution_str": (call_verl, False),
+    "response": (call_plain, False),
+    "reply": (call_plain, False),  # the old name of `response`; functions that use it still work
+}
 
 
 def style_of(function: Callable[..., Any]) -> tuple[Callable[..., list[Any]], bool] | None:
     """How a text reward is called; None for a reward that takes the Batch."""
-    names = inspect.signature(function).parameters
-    return next((style for name, style in STYLES.items() if name in names), None)
+    parameters = inspect.signature(function).parameters
+    return next((style for name, style in STYLES.items() if name in parameters), None)
 
 
-def load_reward(spec: Mapping[str, Any]) -> Text | None:
-    """The text reward a section names; None if it takes the Batch. UserError as resolve."""
-    name = str(spec["name"])
-    function = from_file(name, {}, "reward")
-    if (style := style_of(function)) is None:
-        return None
-    return Text(resolve(spec, {name: with_options(function)}, "reward"), *style)
-
-
-def load_task(spec: Mapping[str, Any]) -> Text:
-    """The score of a task from a file."""
-    return Text(resolve(spec, {}, "task")("train").score, of_a_reply, together=False)
-
-
-def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with a signature of its options alone: what else it takes is given to it by name."""
-    kept = [p for p in inspect.signature(function).parameters.values()
-            if p.kind is p.KEYWORD_ONLY and p.default is not p.empty]
-    shown = functools.wraps(function)(lambda *args, **given: function(*args, **given))
-    shown.__signature__ = inspect.Signature(kept)  # pyright: ignore[reportAttributeAccessIssue]
-    return shown
-
-
-def accepted(function: functools.partial, given: dict[str, Any]) -> dict[str, Any]:
-    """Of what is given, what the function takes. UserError if it needs a column that is not there."""
-    taken = inspect.signature(function.func.__wrapped__).parameters.values()
-    if lacking := [p.name for p in taken if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-                   and p.name not in {**given, **function.keywords}]:
-        raise UserError(f"it needs {lacking[0]!r}; there is {', '.join(given)}")
-    every = any(p.kind is p.VAR_KEYWORD for p in taken)
-    return {name: x for name, x in given.items() if every or name in {p.name for p in taken}}
-
-
-def columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
-    """The dataset as TRL hands it over: the answer and the keys of Example.info, one value per reply, None without."""
-    names = dict.fromkeys(name for e in examples for name in e.info if name not in ("prompt", "completion"))
-    return {"answer": [e.answer for e in examples]} | {name: [e.info.get(name) for e in examples] for name in names}
-
-
-def finished(function: Callable[..., Any], *args: Any, **given: Any) -> Any:
-    value = function(*args, **given)
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The function's value; a coroutine is awaited."""
+    value = function(*args, **kwargs)
     return asyncio.run(value) if inspect.iscoroutine(value) else value
 
 
-# Whatever happens, values
-def score(text: Text, rows: Sequence[Row], trainer_state: SimpleNamespace) -> list[Value]:
-    """One value per row. A function that fails on one reply fails on that one alone, unless it judges them together."""
-    calls = [list(rows)] if text.together else [[row] for row in rows]
+def columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
+    """The dataset's columns as TRL passes them: the answer and the keys of Example.info.
+
+    One value per response, None where an example does not have the key.
+    """
+    keys = dict.fromkeys(key for e in examples for key in e.info)
+    names = [key for key in keys if key not in ("prompt", "completion")]
+    by_name = {name: [e.info.get(name) for e in examples] for name in names}
+    return {"answer": [e.answer for e in examples]} | by_name
+
+
+def accepted_arguments(function: functools.partial, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that the function takes.
+
+    Raises UserError if it needs one that is not there, for example a column of another dataset.
+    """
+    parameters = inspect.signature(function.func.__wrapped__).parameters.values()
+    for p in parameters:
+        required = p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        if required and p.name not in arguments and p.name not in function.keywords:
+            raise UserError(f"it needs {p.name!r}; there is {', '.join(arguments)}")
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(arguments)
+    names = {p.name for p in parameters}
+    return {name: x for name, x in arguments.items() if name in names}
+
+
+# ------------------------------------------------------------------ loading
+
+
+def load_reward(spec: Mapping[str, Any]) -> TextReward | None:
+    """The text reward that a section names; None if it takes the Batch.
+
+    Raises UserError as `resolve` does.
+    """
+    name = str(spec["name"])
+    function = from_file(name, {}, "reward")
+    style = style_of(function)
+    if style is None:
+        return None
+    return TextReward(resolve(spec, {name: options_only(function)}, "reward"), *style)
+
+
+def load_task(spec: Mapping[str, Any]) -> TextReward:
+    """The score of a task from a file."""
+    task = resolve(spec, {}, "task")("train")
+    return TextReward(task.score, call_plain, all_rows=False)
+
+
+def options_only(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its options as its whole signature.
+
+    `resolve` then takes no other keyword-only argument for an option, such as a column.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    parameters = inspect.signature(function).parameters.values()
+    options = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty]
+    signature = inspect.Signature(options)
+    wrapper.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
+    return wrapper
+
+
+# ------------------------------------------------------------------ scoring
+
+
+def score_rows(
+    reward: TextReward, rows: Sequence[Row], trainer_state: SimpleNamespace
+) -> list[Value]:
+    """One value per row.
+
+    A function that fails on one response fails on that one alone, unless it scores all rows at
+    once. Before each call `random` is seeded by the response, so that it does not matter which
+    worker makes the call.
+    """
+    calls = [list(rows)] if reward.all_rows else [[row] for row in rows]
     values: list[Value] = []
-    for some in calls:
-        random.seed(zlib.crc32(f"{trainer_state.global_step} {some[0].reply!r}".encode()))  # whichever worker it is
+    for call_rows in calls:
+        seed = f"{trainer_state.global_step} {call_rows[0].response!r}"
+        random.seed(zlib.crc32(seed.encode()))
         try:
-            values += [checked(value) for value in text.call(text.function, some, trainer_state)]
+            given = reward.call(reward.function, call_rows, trainer_state)
+            values += [parse_value(value) for value in given]
         except (UserError, KeyboardInterrupt):
             raise
-        except BaseException as error:  # somebody else's code may fail in any way
-            values += [raised(error)] * len(some)
+        except BaseException as error:  # user code may fail in any way
+            values += [describe_error(error)] * len(call_rows)
     return values
 
 
-def checked(value: Any) -> Value:
-    """A number, or named numbers, None left out; else what it is, in words."""
+def parse_value(value: Any) -> Value:
+    """Named numbers, without the parts that are None; None if nothing is left.
+
+    Text that describes the value if it is not a number.
+    """
     try:
         if value is None:
             return None
         parts = value if isinstance(value, dict) else {"score": value}
         numbers = {str(name): number(x) for name, x in parts.items() if x is not None}
-    except Exception:  # an object may fail in any way when it is read
-        return f"gave no number but a {type(value).__name__}: {shortened(value)}"
+    except Exception:  # reading an object may fail in any way
+        return f"gave no number but a {type(value).__name__}: {shorten(value)}"
     return numbers or None
 
 
 def number(x: Any) -> float:
+    """A finite float. Raises ValueError on text, and on anything else that is not a number."""
     if isinstance(x, str | bytes) or not math.isfinite(float(x)):
         raise ValueError
     return float(x)
 
 
-def raised(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
+    """Type and message of an exception; its str() may fail too."""
     try:
         message = str(error)
     except Exception:
@@ -169,34 +246,36 @@ def raised(error: BaseException) -> str:
     return f"raised {type(error).__name__}: {message[:200]!r}"
 
 
-def shortened(value: Any) -> str:
+def shorten(value: Any) -> str:
+    """A short repr of any object."""
     try:
         return reprlib.repr(value)
-    except Exception:  # such as a number of more digits than Python converts
+    except Exception:  # for example, an int of more digits than Python converts
         return "too long to show"
 
 
-# In a worker
-LOADED: list[Text | Exception] = []
+# ------------------------------------------------------------------ in a worker of the pool
+
+LOADED: list[TextReward | Exception] = []
 
 
-def prepare(sources: Sequence[tuple[Callable, Mapping[str, Any]]]) -> None:
-    """Load before the clock of the first call runs."""
+def load_all(sources: Sequence[tuple[Callable, Mapping[str, Any]]]) -> None:
+    """Load every source in this worker, before the clock of its first call runs."""
     for loader, spec in sources:
         try:
             LOADED.append(loader(spec))
-        except Exception as error:  # it could be loaded once already, in the run itself
+        except Exception as error:  # raised by the first call: the run itself could load it
             LOADED.append(error)
 
 
-def work(index: int, rows: Sequence[Row], trainer_state: SimpleNamespace) -> list[Value]:
-    """`score` by the source of that index; nothing but values and a UserError comes out of it."""
-    text = LOADED[index]
-    if isinstance(text, Exception):
-        raise UserError(f"a process of its own cannot load it: {text}")
+def score_in_worker(index: int, rows: Sequence[Row], trainer_state: SimpleNamespace) -> list[Value]:
+    """`score_rows` by the source of that index. Only values and a UserError come out of it."""
+    reward = LOADED[index]
+    if isinstance(reward, Exception):
+        raise UserError(f"a worker process cannot load it: {reward}")
     try:
-        return score(text, rows, trainer_state)
+        return score_rows(reward, rows, trainer_state)
     except UserError:
         raise
     except BaseException as error:
-        return [raised(error)] * len(rows)
+        return [describe_error(error)] * len(rows)

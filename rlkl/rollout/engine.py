@@ -1,8 +1,12 @@
-"""Continuous batching: a reply that ends leaves its slot to the next one, so that no row waits for the slowest.
+"""Continuous batching: a slot whose response has ended takes the next one that waits.
 
-A sample starts from the keys and values of its prompt, which was read once for all of its G samples, and feeds the
-prompt's last token: there is one place that samples. A step (forward, pick, bookkeeping) is device code that never
-waits for the host, on CUDA one graph. Every `sync_every` steps the host looks: it refills free slots, and closes gaps.
+So no response waits for the slowest of its batch. A prompt is read once (prefill) for all of its G
+samples. Each sample starts in a slot from a copy of the prompt's keys and values and feeds the
+prompt's last token. So every response token is sampled in one place, `ContinuousBatch.decode_step`.
+
+A decoding step (forward, sampling, bookkeeping) is device code that never waits for the host; on
+CUDA it is one graph. Every `sync_every` steps the host looks which slots have ended, fills them
+again, and moves the running ones together when nothing waits any more.
 """
 
 from __future__ import annotations
@@ -16,230 +20,391 @@ from einops import repeat
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlkl.model import Policy
+from rlkl.policy.policy import Policy, pack_by_tokens
 from rlkl.rollout.cached import cached
 from rlkl.rollout.one_pass import one_pass
-from rlkl.rollout.sample import cut, sampling_mode
-from rlkl.rollout.slots import Slots, Unsupported, attention_over_slots, dynamic_positions, prefill, unsupported
-from rlkl.types import Batch, Sampling
+from rlkl.rollout.sampling import cut_at_stop, sampling_mode
+from rlkl.rollout.slots import (
+    SlotCache,
+    Unsupported,
+    attention_over_slots,
+    batch_dependent_rope,
+    prefill,
+    unsupported,
+)
+from rlkl.types import Batch, SamplingParams
 
 SLOTS = {"cuda": 256}  # an H200 is bound by arithmetic from about 184 rows on
-SYNC_EVERY = {"cuda": 16}  # steps; a look at the device costs next to nothing elsewhere
+SYNC_EVERY = {"cuda": 16}  # steps; on other devices a sync costs next to nothing
 PREFILL_TOKENS = 16_384  # padded prompt tokens in one forward pass
 FREE_SHARE = 0.7  # of the free device memory, for keys and values
-FEWEST = 8  # slots of the smallest CUDA graph
+MIN_GRAPH_SLOTS = 8  # slots of the smallest CUDA graph
 
 
-def engine(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, rule: Sampling, *,
-        slots: int | None = None, sync_every: int | None = None, max_kv_gb: float | None = None, graphs: bool = True,
-        compile: bool = False) -> Batch:
-    """(N, P) prompts, left-padded, and (B, T) uniforms, G = B // N → B sampled replies: the same tokens as `naive`.
+def engine(
+    policy: Policy,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    uniforms: Tensor,
+    params: SamplingParams,
+    *,
+    slots: int | None = None,
+    sync_every: int | None = None,
+    max_kv_gb: float | None = None,
+    graphs: bool = True,
+    compile: bool = False,
+) -> Batch:
+    """Sample G = B // N responses to each of the (N, P) prompts, with (B, T) uniforms.
 
-    slots: replies decoded at once, at most what fits into `max_kv_gb` of keys and values, on CUDA into free memory.
-    graphs: one CUDA graph for a step of each batch size. compile: torch.compile of the step.
-    What slots cannot serve is left to `cached`, and one line says why.
+    The same tokens as `naive`. Models that slots cannot serve are sampled by `cached`, and one
+    line says why. If memory runs out, everything is sampled again with half the slots.
+
+    slots: responses decoded at once; fewer where memory holds fewer.
+    sync_every: steps between two looks of the host.
+    max_kv_gb: memory for keys and values in GB (1e9 bytes); on CUDA the free memory bounds it too.
+    graphs: record the step as a CUDA graph, one for each batch size.
+    compile: apply torch.compile to the step.
     """
-    device, group = policy.lm.device.type, len(uniforms) // len(prompt_ids)
-    prompts = [ids[kept].tolist() for ids, kept in zip(prompt_ids.cpu(), prompt_mask.cpu(), strict=True)]
+    device = policy.lm.device.type
+    group_size = len(uniforms) // len(prompt_ids)
+    prompts = [
+        ids[mask].tolist() for ids, mask in zip(prompt_ids.cpu(), prompt_mask.cpu(), strict=True)
+    ]
 
-    def sampled(slots: int, part: int = 1) -> Batch:
+    def decode_in_slots(slot_divisor: int = 1) -> Batch:
         with sampling_mode(policy):
-            run = Run(policy, prompts, uniforms, rule, slots, max_kv_gb, part)
-            run.to_the_end(sync_every or SYNC_EVERY.get(device, 4),
-                           graphs=graphs and device == "cuda" and not dynamic_positions(policy), compile=compile)
-            return run.batch(*(repeat(x, "n p -> (n g) p", g=group) for x in (prompt_ids, prompt_mask)))
+            responses = ContinuousBatch(
+                policy,
+                prompts,
+                uniforms,
+                params,
+                slots=slots or default_slots(device),
+                max_kv_gb=max_kv_gb,
+                slot_divisor=slot_divisor,
+            )
+            responses.decode(
+                sync_every or SYNC_EVERY.get(device, 4),
+                graphs=graphs and device == "cuda" and not batch_dependent_rope(policy),
+                compile=compile,
+            )
+            return responses.batch(
+                repeat(prompt_ids, "n p -> (n g) p", g=group_size),
+                repeat(prompt_mask, "n p -> (n g) p", g=group_size),
+            )
 
-    slots, why = slots or slots_on(device), unsupported(policy)
-    try:
-        if why is None:
-            return sampled(slots)
-    except Unsupported as error:
-        why = str(error)
-    except torch.OutOfMemoryError:
-        say("sampling ran out of memory: once more with half the slots")
-    if why is None:
+    reason = unsupported(policy)
+    if reason is None:
+        try:
+            return decode_in_slots()
+        except Unsupported as error:
+            reason = str(error)
+        except torch.OutOfMemoryError:
+            warn_once("sampling ran out of memory: once more with half the slots")
+    # Outside the except clause: the exception would keep the memory of the first attempt alive.
+    if reason is None:
         torch.cuda.empty_cache()
-        return sampled(slots, part=2)
-    say(f"sampling.backend=engine cannot serve {policy.lm.config.model_type} ({why}): sampled by cached instead")
-    return cached(policy, prompt_ids, prompt_mask, uniforms, rule)
+        return decode_in_slots(slot_divisor=2)
+    model_type = policy.lm.config.model_type
+    warn_once(
+        f"sampling.backend=engine cannot serve {model_type} ({reason}): sampled by cached instead"
+    )
+    return cached(policy, prompt_ids, prompt_mask, uniforms, params)
 
 
-def slots_on(device: str) -> int:
+def default_slots(device: str) -> int:
+    """Responses decoded at once on a type of device, where the configuration does not say."""
     return SLOTS.get(device, 128)
 
 
 @functools.cache
-def say(line: str) -> None:
-    """One line for the user, once."""
+def warn_once(line: str) -> None:
+    """Log a warning, each line only once per process."""
     logging.getLogger("rlkl").warning(line)
 
 
-class Run:
-    """Replies being decoded: what the device knows of each slot and each row, and what the host knows of each slot.
+class ContinuousBatch:
+    """B responses, some waiting, some running in a slot, some finished.
 
-    A slot that has ended works on for an idle row, at position 0, until the host looks.
+    A *row* is a response, 0 … B - 1; row B is the idle row. A *slot* is a place in the cache. The
+    device knows what each slot does; the host knows it as of the last sync. A slot whose response
+    has ended works on for the idle row, at position 0, until the next sync.
     """
 
-    def __init__(self, policy: Policy, prompts: list[list[int]], uniforms: Tensor, rule: Sampling, slots: int,
-            max_kv_gb: float | None, part: int = 1) -> None:
-        """`part`: of the slots that there may be, only one in so many."""
-        (rows, columns), device = uniforms.shape, uniforms.device
-        self.policy, self.prompts, self.rule = policy, prompts, rule
-        self.group, self.idle, self.columns = rows // len(prompts), rows, columns
-        self.chunks = chunks(prompts)  # prompts still to be read
-        self.ready: list[int] = []  # rows that wait for a slot, of prompts that have been read
-        self.read()
-        room = max(len(p) for p in prompts) + columns - 1  # the last token is not fed
-        slots = max(min(slots, rows, self.affordable(room, max_kv_gb)) // part, 1)
-        # of each row; the last one is the idle one
+    def __init__(
+        self,
+        policy: Policy,
+        prompts: list[list[int]],
+        uniforms: Tensor,
+        params: SamplingParams,
+        slots: int,
+        max_kv_gb: float | None,
+        slot_divisor: int = 1,
+    ) -> None:
+        """Read the first prompts and make room for `slots` responses, fewer if memory is short.
+
+        prompts: N token lists. uniforms: (B, T). slot_divisor: divides the number of slots that
+        memory allows.
+        """
+        rows, max_tokens = uniforms.shape
+        device = uniforms.device
+        self.policy = policy
+        self.prompts = prompts
+        self.params = params
+        self.group_size = rows // len(prompts)
+        self.idle_row = rows
+        self.max_tokens = max_tokens
+        self.eos_ids = torch.tensor(params.eos_ids, device=device, dtype=torch.long)
+
+        # The queue: prompts that are still to be read, and rows whose prompt has been read.
+        lengths = [(len(prompt),) for prompt in prompts]
+        self.prompt_chunks = list(pack_by_tokens(lengths, PREFILL_TOKENS))
+        self.waiting: list[int] = []
+        self.prefill_next_chunk()
+
+        # Per row, on the device; the last one is the idle row.
+        logprob_dtype = torch.promote_types(policy.head.weight.dtype, torch.float32)
         self.uniforms = F.pad(uniforms, (0, 0, 0, 1))
-        self.tokens = torch.full((rows + 1, columns), rule.pad_id, device=device)
-        self.logprobs = torch.zeros(rows + 1, columns, device=device,
-                                    dtype=torch.promote_types(policy.head.weight.dtype, torch.float32))
-        self.length = torch.zeros(rows + 1, dtype=torch.long, device=device)
-        # of each slot
-        self.kv = Slots(len(self.store), slots, room, device)
-        self.row = torch.full((slots,), self.idle, device=device)
-        self.count, self.token = torch.zeros_like(self.row), torch.zeros_like(self.row)
-        self.eos = torch.tensor(rule.eos_ids, device=device, dtype=torch.long)
-        # what the host knows: the row that a slot decodes, None if it is free, and the step it began at
+        self.tokens = torch.full((rows + 1, max_tokens), params.pad_id, device=device)
+        self.logprobs = torch.zeros(rows + 1, max_tokens, device=device, dtype=logprob_dtype)
+        self.lengths = torch.zeros(rows + 1, dtype=torch.long, device=device)
+
+        # Per slot, on the device: its row, the token it feeds next, the tokens sampled so far.
+        capacity = max(len(prompt) for prompt in prompts) + max_tokens - 1  # the last is not fed
+        slots = min(slots, rows, self.slots_that_fit(capacity, max_kv_gb))
+        slots = max(slots // slot_divisor, 1)
+        self.cache = SlotCache(len(self.prefilled), slots, capacity, device)
+        self.slot_row = torch.full((slots,), self.idle_row, device=device)
+        self.slot_token = torch.zeros_like(self.slot_row)
+        self.slot_length = torch.zeros_like(self.slot_row)
+
+        # Per slot, on the host: its row, None if it is free, and the step at which it started.
         self.running: list[int | None] = [None] * slots
-        self.began, self.steps, self.slot_steps = [0] * slots, 0, 0
+        self.started = [0] * slots
+        self.steps = 0
+        self.slot_steps = 0  # Σ over steps of the slots that worked, idle ones too
 
-    def affordable(self, room: int, max_kv_gb: float | None) -> int:
-        """How many slots the budget holds, one at least."""
-        each = room * sum(x[0, 0].numel() * x.element_size() for pair in self.store for x in pair)
+    def slots_that_fit(self, capacity: int, max_kv_gb: float | None) -> int:
+        """How many slots of `capacity` tokens the memory budget holds; at least one."""
+        bytes_per_token = sum(
+            x[0, 0].numel() * x.element_size() for layer in self.prefilled for x in layer
+        )
         budget = float("inf") if max_kv_gb is None else max_kv_gb * 1e9
-        if self.store[0][0].is_cuda:
-            held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-            budget = min(budget, FREE_SHARE * (torch.cuda.mem_get_info()[0] + held))
-        return max(int(min(budget / each, self.idle)), 1)
+        if self.prefilled[0][0].is_cuda:
+            cached_by_torch = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            free = torch.cuda.mem_get_info()[0] + cached_by_torch
+            budget = min(budget, FREE_SHARE * free)
+        return max(int(min(budget / (capacity * bytes_per_token), self.idle_row)), 1)
 
-    def to_the_end(self, sync_every: int, graphs: bool, compile: bool) -> None:
-        """Decode every row. With graphs, or compiled, a step attends over the whole room: its shapes stay the same."""
-        fixed = graphs or compile
-        step = torch.compile(self.step, fullgraph=True, dynamic=False) if compile else self.step
-        replay = Graphs(step) if graphs else step
-        while self.refill():
-            self.close_gaps(halves=fixed)
-            live = [i for i, row in enumerate(self.running) if row is not None]
-            some = min(sync_every, max(self.columns - (self.steps - self.began[i]) for i in live))
-            used = max(len(self.prompts[self.running[i] // self.group]) + self.steps - self.began[i] for i in live)
+    def decode(self, sync_every: int, graphs: bool, compile: bool) -> None:
+        """Decode every row.
+
+        CUDA graphs and compiled steps need shapes that stay the same: they read the whole capacity
+        of each slot.
+        """
+        fixed_shapes = graphs or compile
+        step: Callable[[int, int], None] = self.decode_step
+        if compile:
+            step = torch.compile(step, fullgraph=True, dynamic=False)
+        if graphs:
+            step = StepGraphs(step)
+        while self.fill_slots():
+            self.compact(halves=fixed_shapes)
+            steps = min(sync_every, self.longest_remaining())
+            max_length = self.longest_sequence() + steps
+            if fixed_shapes:
+                max_length = self.cache.capacity
             with attention_over_slots(self.policy):
-                for _ in range(some):
-                    replay(len(self.running), self.kv.room if fixed else used + some)
-            self.steps, self.slot_steps = self.steps + some, self.slot_steps + some * len(self.running)
-            self.look()
+                for _ in range(steps):
+                    step(len(self.running), max_length)
+            self.steps += steps
+            self.slot_steps += steps * len(self.running)
+            self.sync()
 
-    def step(self, slots: int, reach: int) -> None:
-        """One more token for the first `slots` slots, none of which reads more than `reach` columns."""
-        kv, row, count = self.kv, self.row[:slots], self.count[:slots]
-        kv.begin(reach)
-        hidden = self.policy.backbone(input_ids=self.token[:slots, None], position_ids=kv.position[:slots, None],
-                                      past_key_values=kv, use_cache=True, slots=kv).last_hidden_state
-        token, logprob = one_pass(self.policy.logits(hidden[:, -1]), self.uniforms[row, count], self.rule)
-        self.tokens[row, count], self.logprobs[row, count], self.length[row] = token, logprob, count + 1
-        goes_on = (token[:, None] != self.eos).all(1) & (count + 1 < self.columns) & (row != self.idle)
-        self.row[:slots], self.token[:slots] = torch.where(goes_on, row, self.idle), token
-        self.count[:slots] = torch.where(goes_on, count + 1, 0)
-        kv.position[:slots] = torch.where(goes_on, kv.position[:slots] + 1, 0)
+    def decode_step(self, slots: int, max_length: int) -> None:
+        """Sample one more token for each of the first `slots` slots, without the host.
 
-    def look(self) -> None:
-        """The only wait for the device: which slots are still at work."""
-        if self.rule.stop is not None:
+        max_length: no slot reads more keys than this.
+        """
+        cache = self.cache
+        row, column = self.slot_row[:slots], self.slot_length[:slots]
+        cache.begin_step(max_length)
+        hidden = self.policy.backbone(
+            input_ids=self.slot_token[:slots, None],
+            position_ids=cache.positions[:slots, None],
+            past_key_values=cache,
+            use_cache=True,
+            slots=cache,
+        ).last_hidden_state
+        logits = self.policy.logits(hidden[:, -1])
+        token, logprob = one_pass(logits, self.uniforms[row, column], self.params)
+
+        length = column + 1
+        self.tokens[row, column] = token
+        self.logprobs[row, column] = logprob
+        self.lengths[row] = length
+
+        not_eos = (token[:, None] != self.eos_ids).all(1)
+        continues = not_eos & (length < self.max_tokens) & (row != self.idle_row)
+        self.slot_row[:slots] = torch.where(continues, row, self.idle_row)
+        self.slot_token[:slots] = token
+        self.slot_length[:slots] = torch.where(continues, length, 0)
+        cache.positions[:slots] = torch.where(continues, cache.positions[:slots] + 1, 0)
+
+    def sync(self) -> None:
+        """Wait for the device, and note which slots are still running."""
+        stop = self.params.stop
+        if stop is not None:
             for slot, row in enumerate(self.running):
-                if row is not None and self.rule.stop(self.reply(row)):
-                    self.row[slot], self.count[slot], self.kv.position[slot] = self.idle, 0, 0
-        self.running = [None if row == self.idle else row for row in self.row[: len(self.running)].tolist()]
+                if row is not None and stop(self.response(row)):
+                    self.slot_row[slot] = self.idle_row
+                    self.slot_length[slot] = 0
+                    self.cache.positions[slot] = 0
+        rows = self.slot_row[: len(self.running)].tolist()
+        self.running = [None if row == self.idle_row else row for row in rows]
 
-    def reply(self, row: int) -> list[int]:
-        return self.tokens[row, : self.length[row]].tolist()
+    # -------------------------------------------------------------- what the host knows
 
-    def refill(self) -> bool:
-        """Start rows that wait in slots that are free. Is there anything left to decode?"""
-        free = [i for i, row in enumerate(self.running) if row is None]
-        while free and (self.ready or self.chunks):
-            if not self.ready:
-                self.read()
-            some = min(len(free), len(self.ready))
-            self.start(free[:some], self.ready[:some])
-            free, self.ready = free[some:], self.ready[some:]
+    def response(self, row: int) -> list[int]:
+        """The tokens of a row so far."""
+        return self.tokens[row, : self.lengths[row]].tolist()
+
+    def decoded(self) -> dict[int, int]:
+        """Of each running slot: the tokens that it has decoded, unless it has ended meanwhile."""
+        return {
+            slot: self.steps - self.started[slot]
+            for slot, row in enumerate(self.running)
+            if row is not None
+        }
+
+    def longest_remaining(self) -> int:
+        """The most steps that any running slot may still need."""
+        return self.max_tokens - min(self.decoded().values())
+
+    def longest_sequence(self) -> int:
+        """The most tokens, of prompt and response, that any running slot holds."""
+        decoded = self.decoded()
+        return max(
+            len(self.prompt_of(row)) + decoded[slot]
+            for slot, row in enumerate(self.running)
+            if row is not None
+        )
+
+    def prompt_of(self, row: int) -> list[int]:
+        return self.prompts[row // self.group_size]
+
+    # -------------------------------------------------------------- from waiting to running
+
+    def fill_slots(self) -> bool:
+        """Start waiting rows in free slots. Returns whether any slot is running."""
+        free = [slot for slot, row in enumerate(self.running) if row is None]
+        while free and (self.waiting or self.prompt_chunks):
+            if not self.waiting:
+                self.prefill_next_chunk()
+            count = min(len(free), len(self.waiting))
+            self.start(free[:count], self.waiting[:count])
+            free = free[count:]
+            self.waiting = self.waiting[count:]
         return any(row is not None for row in self.running)
 
-    def read(self) -> None:
-        """Read the next prompts; their samples are ready to start."""
-        chunk = self.chunks.pop(0)
-        self.store = prefill(self.policy, [self.prompts[n] for n in chunk])
-        self.place = {n: i for i, n in enumerate(chunk)}
-        self.ready = [n * self.group + g for n in chunk for g in range(self.group)]
+    def prefill_next_chunk(self) -> None:
+        """Read the next prompts. Their G samples each wait for a slot from here on."""
+        chunk = self.prompt_chunks.pop(0)
+        self.prefilled = prefill(self.policy, [self.prompts[n] for n in chunk])
+        self.place_in_chunk = {n: place for place, n in enumerate(chunk)}
+        self.waiting = [n * self.group_size + g for n in chunk for g in range(self.group_size)]
 
     def start(self, slots: list[int], rows: list[int]) -> None:
-        """Each slot gets a copy of its prompt's keys and values, and the prompt's last token to feed."""
-        of = [row // self.group for row in rows]
-        slot, row, place, last, position = torch.tensor(
-            [slots, rows, [self.place[n] for n in of], [self.prompts[n][-1] for n in of],
-             [len(self.prompts[n]) - 1 for n in of]], device=self.row.device)
-        self.kv.put(slot, self.store, place)
-        self.row[slot], self.token[slot], self.kv.position[slot] = row, last, position
-        self.count[slot] = 0
-        for i, r in zip(slots, rows, strict=True):
-            self.running[i], self.began[i] = r, self.steps
+        """Give each slot a copy of its prompt's keys and values, and the last prompt token."""
+        prompts = [self.prompt_of(row) for row in rows]
+        places = [self.place_in_chunk[row // self.group_size] for row in rows]
+        last_tokens = [prompt[-1] for prompt in prompts]
+        last_positions = [len(prompt) - 1 for prompt in prompts]
+        # One transfer to the device for all five lists.
+        columns = [slots, rows, places, last_tokens, last_positions]
+        slot, row, place, token, position = torch.tensor(columns, device=self.slot_row.device)
 
-    def close_gaps(self, halves: bool) -> None:
-        """Nothing waits any more: move the slots still at work to the front, and leave the others out."""
-        live, size = sum(row is not None for row in self.running), len(self.running)
-        while halves and size // 2 >= max(live, FEWEST):
+        self.cache.copy_prompts(slot, self.prefilled, place)
+        self.cache.positions[slot] = position
+        self.slot_row[slot] = row
+        self.slot_token[slot] = token
+        self.slot_length[slot] = 0
+        for free_slot, new_row in zip(slots, rows, strict=True):
+            self.running[free_slot] = new_row
+            self.started[free_slot] = self.steps
+
+    def compact(self, halves: bool) -> None:
+        """Move the running slots to the front, and leave the free ones out of the next steps.
+
+        Nothing happens while rows wait, as then no slot is free. halves: only ever halve the batch
+        size, since each size costs a CUDA graph.
+        """
+        running = sum(row is not None for row in self.running)
+        size = len(self.running) if halves else running
+        while halves and size // 2 >= max(running, MIN_GRAPH_SLOTS):
             size //= 2
-        size = size if halves else live
-        to = [i for i in range(size) if self.running[i] is None]
         source = [i for i in range(size, len(self.running)) if self.running[i] is not None]
+        free = [i for i in range(size) if self.running[i] is None]
         if source:
-            to = to[: len(source)]
-            i, j = torch.tensor([to, source], device=self.row.device)
-            self.kv.move(i, j)
-            for x in (self.row, self.token, self.count):
-                x[i] = x[j]
-            for a, b in zip(to, source, strict=True):
-                self.running[a], self.began[a] = self.running[b], self.began[b]
-        self.running, self.began = self.running[:size], self.began[:size]
+            self.move(source, free[: len(source)])
+        self.running = self.running[:size]
+        self.started = self.started[:size]
+
+    def move(self, source: list[int], target: list[int]) -> None:
+        """Continue the responses of the slots `source` in the slots `target`."""
+        source_slots, target_slots = torch.tensor([source, target], device=self.slot_row.device)
+        self.cache.move(source_slots, target_slots)
+        for per_slot in (self.slot_row, self.slot_token, self.slot_length):
+            per_slot[target_slots] = per_slot[source_slots]
+        for i, j in zip(source, target, strict=True):
+            self.running[j] = self.running[i]
+            self.started[j] = self.started[i]
 
     def batch(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Batch:
-        """All rows, as wide as the longest."""
-        length = self.length[:-1]
-        mask = torch.arange(int(length.max()), device=length.device) < length[:, None]
-        tokens, logprobs = (x[:-1, : mask.shape[1]] for x in (self.tokens, self.logprobs))
-        truncated = (tokens.gather(1, length[:, None] - 1) != self.eos).all(1)
-        batch = Batch(prompt_ids, prompt_mask, tokens, mask, logprobs, truncated, self.rule.temperature or 1.0)
-        return batch if self.rule.stop is None else cut(batch, self.rule)
+        """All rows, as wide as the longest response. Prompts are (B, P)."""
+        lengths = self.lengths[: self.idle_row]
+        columns = int(lengths.max())
+        tokens = self.tokens[: self.idle_row, :columns]
+        last_tokens = tokens.gather(1, lengths[:, None] - 1)
+        batch = Batch(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            response_ids=tokens,
+            mask=torch.arange(columns, device=lengths.device) < lengths[:, None],
+            sampler_logprobs=self.logprobs[: self.idle_row, :columns],
+            truncated=(last_tokens != self.eos_ids).all(1),
+            temperature=self.params.temperature or 1.0,
+        )
+        return cut_at_stop(batch, self.params)
 
 
-class Graphs:
-    """A step as one CUDA graph for each number of slots. They end with the run: so does the memory that they hold."""
+class StepGraphs:
+    """A decoding step as one CUDA graph for each number of slots.
+
+    The graphs live as long as this object, and so does the memory that they hold.
+    """
 
     def __init__(self, step: Callable[[int, int], None]) -> None:
-        self.step, self.pool = step, None
-        self.captured: dict[int, torch.cuda.CUDAGraph] = {}
+        self.step = step
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.pool = None  # of memory, shared by the graphs
 
-    def __call__(self, slots: int, reach: int) -> None:
-        if slots in self.captured:
-            self.captured[slots].replay()
+    def __call__(self, slots: int, max_length: int) -> None:
+        """Do one step: replay its graph, or do it eagerly and record the graph for the next ones.
+
+        Recording alone does nothing, so the eager step is also the warm-up that it needs.
+        """
+        if slots in self.graphs:
+            self.graphs[slots].replay()
             return
-        side = torch.cuda.Stream()  # the first step is done here, which warms up; capturing does nothing but record
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.step(slots, reach)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = self.captured[slots] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # wandb has threads
-            self.step(slots, reach)
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
+            self.step(slots, max_length)
+        torch.cuda.current_stream().wait_stream(side_stream)
+
+        graph = torch.cuda.CUDAGraph()
+        self.graphs[slots] = graph
+        # thread_local: other threads, such as those of wandb, may use CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            self.step(slots, max_length)
         self.pool = graph.pool()
-
-
-def chunks(prompts: list[list[int]]) -> list[list[int]]:
-    """Prompts in the order in which they are read, longest first, cut by PREFILL_TOKENS padded tokens."""
-    found: list[list[int]] = []
-    for n in sorted(range(len(prompts)), key=lambda n: -len(prompts[n])):
-        if not found or (len(found[-1]) + 1) * len(prompts[found[-1][0]]) > PREFILL_TOKENS:
-            found.append([])
-        found[-1].append(n)
-    return found

@@ -1,4 +1,7 @@
-"""`pick` that reads the vocabulary once: the sums of tiles, then one tile again. In torch, or in Triton on CUDA."""
+"""`pick` with one read of the vocabulary: sums of tiles, then the one tile that holds the token.
+
+In torch, or on CUDA in Triton (sampling_triton.py). The engine samples with it.
+"""
 
 from __future__ import annotations
 
@@ -8,50 +11,49 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlkl.rollout.sample import pick
-from rlkl.types import Sampling
+from rlkl.rollout.sampling import first_above, pick, widest_float
+from rlkl.types import SamplingParams
 
 TILE = 64  # ids that are summed at once
 TRITON = importlib.util.find_spec("triton") is not None
 
 
-def one_pass(logits: Tensor, uniforms: Tensor, rule: Sampling) -> tuple[Tensor, Tensor]:
-    """What `pick` gives, up to rounding at the edge between two ids. What only evaluation needs is left to `pick`."""
-    if rule.temperature == 0 or rule.top_k or rule.top_p < 1 or rule.min_p:
-        return pick(logits, uniforms, rule)
-    logits = logits[:, : rule.vocab_size]
-    if logits.is_cuda and logits.dtype == torch.float32 and TRITON:
-        from rlkl.kernels.sampling import inverse_cdf as kernel
+def one_pass(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """The ids and log-probs of `pick`, up to rounding where a uniform falls between two ids.
 
-        return kernel(logits, uniforms, rule.temperature)
-    return inverse_cdf(logits if rule.temperature == 1 else logits / rule.temperature, uniforms)
+    Greedy and truncated sampling, which only evaluation uses, call `pick` itself.
+    """
+    if params.temperature == 0 or params.top_k or params.top_p < 1 or params.min_p:
+        return pick(logits, uniforms, params)
+    logits = logits[:, : params.vocab_size]
+    if logits.is_cuda and logits.dtype == torch.float32 and TRITON:
+        from rlkl.rollout.sampling_triton import inverse_cdf as kernel
+
+        return kernel(logits, uniforms, params.temperature)
+    if params.temperature != 1:
+        logits = logits / params.temperature
+    return inverse_cdf(logits, uniforms)
 
 
 def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, V), (B,) → the first id whose cumulated probability is above the uniform, and its log-prob, nats.
+    """(B, V) logits, (B,) uniforms → (B,) ids and their (B,) log-probs in nats.
 
-    Summed in float64, which mps has not.
+    The id is the first one whose cumulative probability is above the uniform. Sums are float64
+    (float32 on MPS).
     """
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    top = logits.amax(-1, keepdim=True)
-    weights = (logits - top).exp_()
+    wide = widest_float(logits.device)
+    highest = logits.amax(-1, keepdim=True)
+    weights = (logits - highest).exp_()
     tiles = F.pad(weights, (0, -weights.shape[1] % TILE)).unflatten(1, (-1, TILE))
-    sums = tiles.sum(-1, dtype=wide)
-    total = sums.sum(-1)
-    tile, rest = first_above(sums, uniforms.to(wide) * total)
-    within = tiles.gather(1, tile[:, None, None].expand(-1, 1, TILE))[:, 0]
-    ids = tile * TILE + first_above(within.to(wide), rest)[0]
-    ids = ids.clamp_max(logits.shape[1] - 1)  # nan logits: let the loss report them
-    return ids, (logits.gather(1, ids[:, None]) - top)[:, 0] - total.log().to(logits.dtype)
+    tile_sums = tiles.sum(-1, dtype=wide)
+    total = tile_sums.sum(-1)
 
-
-def first_above(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, n) and (B,) → the first index at which the sum of weights is above target, and target less the sum before it.
-
-    A target that rounding put at the whole sum, or above, means the last index whose weight is not 0.
-    """
-    cdf = weights.cumsum(-1)
-    whole = cdf[:, -1]
-    target = torch.minimum(target, torch.nextafter(whole, torch.zeros_like(whole)))
-    index = torch.searchsorted(cdf, target[:, None], right=True).clamp_max(weights.shape[1] - 1)
-    return index[:, 0], target - F.pad(cdf, (1, 0)).gather(1, index)[:, 0]
+    cdf = tile_sums.cumsum(-1)
+    tile, target = first_above(cdf, uniforms.to(wide) * total)
+    sum_before = F.pad(cdf, (1, 0)).gather(1, tile[:, None])[:, 0]
+    chosen_tile = tiles.gather(1, tile[:, None, None].expand(-1, 1, TILE))[:, 0]
+    column, _ = first_above(chosen_tile.to(wide).cumsum(-1), target - sum_before)
+    ids = tile * TILE + column
+    ids = ids.clamp_max(logits.shape[1] - 1)  # the last tile is padded
+    shifted = (logits.gather(1, ids[:, None]) - highest)[:, 0]
+    return ids, shifted - total.log().to(logits.dtype)

@@ -1,10 +1,12 @@
-"""Key-value slots: a Hugging Face cache whose rows each stand at a position of their own, and the attention over it.
+"""Slots of a key-value cache, each at its own position, and the attention that reads them.
 
-The model's own forward does the rest: `past_key_values=slots` writes, `rlkl_slots` is its attention function.
+The model's own forward pass does the rest: it writes through `past_key_values=cache`, and
+`rlkl_slots` is registered as its attention function.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,108 +18,168 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from rlkl.model import Policy
+from rlkl.policy.policy import Policy
 
-ATTENTION = "rlkl_slots"
+ATTENTION = "rlkl_slots"  # the name under which transformers knows `slot_attention`
 FLASH: Any = getattr(torch.ops.aten, "_flash_attention_forward", None)
-RAGGED = FLASH is not None and "seqused_k" in {a.name for a in FLASH.default._schema.arguments}
-STEP = 32  # keys are read in multiples of it where attention is over one length for all slots
+FLASH_READS_LENGTHS = FLASH is not None and "seqused_k" in {
+    argument.name for argument in FLASH.default._schema.arguments
+}
+READ_MULTIPLE = 32  # dense attention reads a multiple of so many keys
+SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class Unsupported(Exception):
+    """The model's attention does something that the slots do not."""
+
+
+# ------------------------------------------------------------------ the cache
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer's keys and values, (slot, time, head, dim): one token a slot is written at that slot's position."""
+    """One layer's keys and values, (slots, capacity, heads, dim).
 
-    is_sliding = False  # sliding layers keep everything too; their window is a matter of the mask
+    A forward pass writes one token into each slot, at that slot's position.
+    """
 
-    def __init__(self, slots: Slots) -> None:
+    keys: Tensor  # both set by lazy_initialization
+    values: Tensor
+    is_sliding = False  # sliding layers keep everything too: the mask applies their window
+
+    def __init__(self, cache: SlotCache) -> None:
         super().__init__()
-        self.slots = slots
+        self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        (_, heads, _, k), v = key_states.shape, value_states.shape[-1]
-        self.keys = key_states.new_zeros(self.slots.count, self.slots.room, heads, k)
-        self.values = value_states.new_zeros(self.slots.count, self.slots.room, heads, v)
+        heads = key_states.shape[1]
+        size = (self.cache.slots, self.cache.capacity, heads)
+        self.keys = key_states.new_zeros(*size, key_states.shape[-1])
+        self.values = value_states.new_zeros(*size, value_states.shape[-1])
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """(b, heads, 1, dim) of the first b slots → all that they hold, (b, heads, room, dim), as views."""
-        b, position = len(key_states), self.slots.position
-        self.keys[self.slots.index[:b], position[:b]] = key_states[:, :, 0]
-        self.values[self.slots.index[:b], position[:b]] = value_states[:, :, 0]
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write (b, heads, 1, dim) into the first b slots.
+
+        Returns all that these slots hold, (b, heads, capacity, dim), as views.
+        """
+        b = len(key_states)
+        slot, position = self.cache.index[:b], self.cache.positions[:b]
+        self.keys[slot, position] = key_states[:, :, 0]
+        self.values[slot, position] = value_states[:, :, 0]
         return self.keys[:b].transpose(1, 2), self.values[:b].transpose(1, 2)
 
     def get_seq_length(self) -> int:
         return 0
 
     def get_max_length(self) -> int:
-        return self.slots.room
+        return self.cache.capacity
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.slots.room, 0
+        return self.cache.capacity, 0
 
 
-class Slots(Cache):
-    """`count` slots of `room` tokens. A slot's `position` is where it writes next; later columns are garbage."""
+class SlotCache(Cache):
+    """Keys and values of `slots` sequences of at most `capacity` tokens each.
 
-    def __init__(self, layers: int, count: int, room: int, device: torch.device) -> None:
+    `positions` (slots,) is where each slot writes next; what lies behind it is garbage.
+    """
+
+    def __init__(self, layers: int, slots: int, capacity: int, device: torch.device) -> None:
         super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
-        self.count, self.room, self.reach = count, room, room
-        self.index = torch.arange(count, device=device)
-        self.position = torch.zeros(count, dtype=torch.long, device=device)
-        self.starts = torch.arange(count + 1, dtype=torch.int32, device=device)  # of each query, among queries
-        self.bias: dict[int | None, Tensor] = {}
+        self.slots = slots
+        self.capacity = capacity
+        self.read_length = capacity  # keys that dense attention reads
+        self.index = torch.arange(slots, device=device)
+        self.positions = torch.zeros(slots, dtype=torch.long, device=device)
+        # Where each slot's queries start in the flat list of queries: one query a slot.
+        self.query_starts = torch.arange(slots + 1, dtype=torch.int32, device=device)
+        self.masks: dict[int | None, Tensor] = {}  # by sliding window
 
-    def begin(self, reach: int) -> None:
-        """A new step, in which no slot reads more than `reach` columns: one mask serves all layers of a kind."""
-        self.reach, self.bias = min(-(-reach // STEP) * STEP, self.room), {}
+    def begin_step(self, max_length: int) -> None:
+        """Start a forward pass in which no slot reads more than `max_length` keys."""
+        multiple = math.ceil(max_length / READ_MULTIPLE) * READ_MULTIPLE
+        self.read_length = min(multiple, self.capacity)
+        self.masks = {}
 
     def mask(self, b: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(b, 1, 1, reach) added to the scores: 0 where a slot may look, -inf on the columns behind its position."""
-        if window not in self.bias:
-            column, position = torch.arange(self.reach, device=self.index.device), self.position[:b, None]
-            seen = column <= position
-            if window is not None:
-                seen = seen & (column > position - window)
-            self.bias[window] = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
-                ~seen, -torch.inf)[:, None, None]
-        return self.bias[window]
+        """(b, 1, 1, read_length) to add to the scores of the first b slots.
 
-    def put(self, slots: Tensor, prompts: list[tuple[Tensor, Tensor]], which: Tensor) -> None:
-        """Copy the keys and values of `which` prompts into `slots`: a prompt is read once, for all of its samples."""
+        0 on the keys that a slot may see, -inf on those behind its position or outside the window.
+        Layers with the same window share one mask in each step.
+        """
+        if window not in self.masks:
+            column = torch.arange(self.read_length, device=self.index.device)
+            position = self.positions[:b, None]
+            visible = column <= position
+            if window is not None:
+                visible = visible & (column > position - window)
+            bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+            self.masks[window] = bias.masked_fill(~visible, -torch.inf)[:, None, None]
+        return self.masks[window]
+
+    def copy_prompts(
+        self, slots: Tensor, prefilled: list[tuple[Tensor, Tensor]], prompts: Tensor
+    ) -> None:
+        """Copy the keys and values of some prefilled prompts into slots.
+
+        prefilled: of each layer, as `prefill` returns them. prompts: (slots,) rows of `prefilled`.
+        """
         layer: Any
-        width = prompts[0][0].shape[1]
-        for layer, (keys, values) in zip(self.layers, prompts, strict=True):
+        width = prefilled[0][0].shape[1]
+        for layer, (keys, values) in zip(self.layers, prefilled, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(keys.transpose(1, 2), values.transpose(1, 2))
-            layer.keys[slots, :width], layer.values[slots, :width] = keys[which], values[which]
+            layer.keys[slots, :width] = keys[prompts]
+            layer.values[slots, :width] = values[prompts]
 
-    def move(self, to: Tensor, source: Tensor) -> None:
-        """What the slots `source` hold, to the slots `to`."""
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy what the slots `source` hold to the slots `target`."""
         layer: Any
         for layer in self.layers:
-            layer.keys[to], layer.values[to] = layer.keys[source], layer.values[source]
-        self.position[to] = self.position[source]
+            layer.keys[target] = layer.keys[source]
+            layer.values[target] = layer.values[source]
+        self.positions[target] = self.positions[source]
 
 
-class Unsupported(Exception):
-    """The model does something in attention that the slots do not."""
+# ------------------------------------------------------------------ the attention
 
 
-def slot_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
-        scaling: float | None = None, slots: Slots | None = None, sliding_window: int | None = None,
-        softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, None]:
-    """One query a slot, (b, H, 1, D), over that slot's own position + 1 keys → (b, 1, H, D).
+def slot_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    slots: SlotCache | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """One query a slot, (b, H, 1, D), over that slot's position + 1 keys → (b, 1, H, D).
 
-    On CUDA FlashAttention 2 as torch ships it (it reads only the filled part of each slot), elsewhere torch's SDPA on
-    the first `reach` columns. Heads that share keys are rows of one query: nothing is repeated.
+    On CUDA in 16 bits with FlashAttention 2 as torch ships it, which reads only the filled part of
+    each slot. Elsewhere with torch's SDPA on the first `read_length` keys. Query heads that share
+    keys become rows of one query, so that no key is repeated. Raises Unsupported.
     """
     if slots is None or softcap is not None or s_aux is not None:
-        raise Unsupported("soft-capping, sinks, or a layer that hands its options not on to attention")
-    if serves(query, value):
-        return ragged(query, key, value, slots, scaling, sliding_window), None
+        raise Unsupported(
+            "soft-capping, sinks, or a layer that does not pass its options on to attention"
+        )
+    if flash_serves(query, value):
+        return flash_attention(query, key, value, slots, scaling, sliding_window), None
     grouped = rearrange(query, "b (kv g) 1 d -> b kv g d", kv=key.shape[1])
-    out = F.scaled_dot_product_attention(grouped, key[:, :, : slots.reach], value[:, :, : slots.reach],
-                                         attn_mask=slots.mask(len(query), sliding_window, query.dtype), scale=scaling)
+    out = F.scaled_dot_product_attention(
+        grouped,
+        key[:, :, : slots.read_length],
+        value[:, :, : slots.read_length],
+        attn_mask=slots.mask(len(query), sliding_window, query.dtype),
+        scale=scaling,
+    )
     return rearrange(out, "b kv g d -> b 1 (kv g) d"), None
 
 
@@ -126,53 +188,92 @@ AttentionInterface.register(ATTENTION, slot_attention)
 
 @contextmanager
 def attention_over_slots(policy: Policy) -> Iterator[None]:
-    """The model's attention exchanged for that over slots; its own again afterwards, also after an exception."""
+    """Exchange the model's attention for `slot_attention`.
+
+    Its own attention is restored afterwards, also after an exception.
+    """
     backbone: Any = policy.backbone
-    own = backbone.config._attn_implementation
+    own_attention = backbone.config._attn_implementation
     try:
         backbone.set_attn_implementation(ATTENTION)
         yield
     finally:
-        backbone.set_attn_implementation(own)
+        backbone.set_attn_implementation(own_attention)
 
 
-def serves(query: Tensor, value: Tensor) -> bool:
-    """Can FlashAttention 2 do it?"""
-    narrow = query.dtype in (torch.float16, torch.bfloat16)
-    return RAGGED and query.is_cuda and narrow and query.shape[-1] == value.shape[-1] <= 256
+def flash_serves(query: Tensor, value: Tensor) -> bool:
+    """Whether FlashAttention 2 supports these dtypes and head sizes."""
+    sixteen_bits = query.dtype in (torch.float16, torch.bfloat16)
+    head_fits = query.shape[-1] == value.shape[-1] <= 256
+    return FLASH_READS_LENGTHS and query.is_cuda and sixteen_bits and head_fits
 
 
-def ragged(query: Tensor, key: Tensor, value: Tensor, slots: Slots, scaling: float | None, window: int | None
-           ) -> Tensor:
-    """FlashAttention 2 over sequences that lie `room` apart and are position + 1 long; it reads nothing else."""
-    b, starts = len(query), slots.starts[: len(query) + 1]
-    flat = [rearrange(x, "b h t d -> (b t) h d") for x in (key, value)]  # a view: slots are contiguous
-    left, right = (None, None) if window is None else (window - 1, 0)
-    out = FLASH(query[:, :, 0], *flat, starts, starts * slots.room, 1, slots.room, 0.0, False, False, scale=scaling,
-                seqused_k=(slots.position[:b] + 1).int(), window_size_left=left, window_size_right=right)[0]
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: SlotCache,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """FlashAttention 2 over sequences that lie `capacity` apart and are position + 1 long.
+
+    It reads nothing else. Shapes as in `slot_attention`.
+    """
+    b = len(query)
+    query_starts = slots.query_starts[: b + 1]
+    flat_keys = rearrange(key, "b h t d -> (b t) h d")  # a view, since slots are contiguous
+    flat_values = rearrange(value, "b h t d -> (b t) h d")
+    window_left, window_right = (None, None) if window is None else (window - 1, 0)
+    out = FLASH(
+        query[:, :, 0],
+        flat_keys,
+        flat_values,
+        query_starts,
+        query_starts * slots.capacity,  # where each slot's keys start
+        1,  # longest query
+        slots.capacity,  # longest key
+        0.0,  # dropout
+        False,  # causal
+        False,  # return the debug mask
+        scale=scaling,
+        seqused_k=(slots.positions[:b] + 1).int(),
+        window_size_left=window_left,
+        window_size_right=window_right,
+    )[0]
     return out[:, None]
 
 
-def prefill(policy: Policy, prompts: list[list[int]]) -> list[tuple[Tensor, Tensor]]:
-    """Of each layer keys and values (N, width, head, dim) of every prompt but its last token, which decoding feeds.
+# ------------------------------------------------------------------ prompts and models
 
-    Right-padded and causal, so without a mask: what padding leaves lies behind a slot's position.
+
+def prefill(policy: Policy, prompts: list[list[int]]) -> list[tuple[Tensor, Tensor]]:
+    """Read N prompts: of each layer the keys and values, (N, width, heads, dim).
+
+    Prompts are read without their last token, which is the first one that decoding feeds. They are
+    right-padded and need no mask: attention is causal, and what padding leaves lies behind a slot's
+    position.
     """
-    width = max(max(len(p) for p in prompts) - 1, 1)
+    width = max(max(len(prompt) for prompt in prompts) - 1, 1)
     device = policy.lm.device
     ids = torch.tensor([(p[:-1] + [0] * width)[:width] for p in prompts], device=device)
-    cache: Any = DynamicCache()  # layers of a plain kind, which drop nothing outside a sliding window
-    policy.backbone(input_ids=ids, position_ids=torch.arange(width, device=device).expand(len(ids), -1),
-                    past_key_values=cache, use_cache=True)
+    # A cache of plain layers: they drop nothing, also where the model's own have a sliding window.
+    cache: Any = DynamicCache()
+    policy.backbone(
+        input_ids=ids,
+        position_ids=torch.arange(width, device=device).expand(len(ids), -1),
+        past_key_values=cache,
+        use_cache=True,
+    )
     return [(layer.keys.transpose(1, 2), layer.values.transpose(1, 2)) for layer in cache.layers]
 
 
 def unsupported(policy: Policy) -> str | None:
-    """Why slots cannot serve this model, None if they can."""
+    """Why slots cannot serve this model; None if they can."""
     config = policy.lm.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-    if kinds:
-        return f"it has layers of {', '.join(sorted(kinds))}"
+    other_layers = set(getattr(config, "layer_types", None) or []) - SUPPORTED_LAYERS
+    if other_layers:
+        return f"it has layers of {', '.join(sorted(other_layers))}"
     if not getattr(policy.backbone, "_supports_attention_backend", False):
         return "its attention cannot be exchanged"
     if getattr(config, "attn_logit_softcapping", None):
@@ -184,8 +285,12 @@ def unsupported(policy: Policy) -> str | None:
     return None
 
 
-def dynamic_positions(policy: Policy) -> bool:
-    """Rotary embeddings that look at the longest position of the batch: they wait for the host, so no CUDA graph."""
+def batch_dependent_rope(policy: Policy) -> bool:
+    """Whether rotary embeddings depend on the longest position of the batch.
+
+    They wait for the host, so a CUDA graph cannot record them.
+    """
     rope = getattr(policy.lm.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [rope, *(x for x in rope.values() if isinstance(x, dict))]
-    return any(str(x.get("rope_type", "")) in ("dynamic", "longrope") for x in kinds)
+    by_layer_type = [section for section in rope.values() if isinstance(section, dict)]
+    kinds = [str(section.get("rope_type", "")) for section in [rope, *by_layer_type]]
+    return any(kind in ("dynamic", "longrope") for kind in kinds)

@@ -1,6 +1,8 @@
-"""Where prompts come from and how a reply is judged: task(split, **options) with __len__, __getitem__ and score.
+"""Tasks: where prompts come from, and how a response is scored.
 
-A task may also have grade(example, reply) -> {name: number}: what a held-out evaluation reports beside accuracy.
+A task is called as task(split, **options), split "train" or "heldout". It has `__len__`,
+`__getitem__` (an Example) and `score(example, response)`, a number or {part: number}. It may have
+`grade(example, response) -> {name: number}`, which a held-out evaluation reports beside accuracy.
 """
 
 from rlkl.tasks.addition import Addition
@@ -12,5 +14,13 @@ from rlkl.tasks.jsonl import Jsonl
 from rlkl.tasks.mathematics import Mathematics
 from rlkl.tasks.reviews import Reviews
 
-TASKS = {"addition": Addition, "jsonl": Jsonl, "datasets": Hub, "gsm8k": GSM8K, "math": Mathematics,
-         "countdown": Countdown, "reasoning_gym": ReasoningGym, "reviews": Reviews}
+TASKS = {
+    "addition": Addition,
+    "jsonl": Jsonl,
+    "datasets": Hub,
+    "gsm8k": GSM8K,
+    "math": Mathematics,
+    "countdown": Countdown,
+    "reasoning_gym": ReasoningGym,
+    "reviews": Reviews,
+}

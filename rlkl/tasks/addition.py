@@ -1,21 +1,26 @@
-"""Two numbers to add: the synthetic task of the tiny configs. Difficulty is graded by length and by carries."""
+"""The sum of two numbers: the synthetic task of the tiny configs.
+
+Its difficulty is graded by the number of digits and of carries.
+"""
 
 from __future__ import annotations
 
-import zlib
-
+from rlkl.tasks.split import is_heldout_tenth
 from rlkl.types import Example
 
 
 class Addition:
-    """All a + b with a, b < 10^digits; 1 in 10 is held out, together with its mirror image b + a.
+    """All a + b with a, b < 10^digits. 1 in 10 is held out, together with its mirror image b + a.
 
-    Numbers are padded to one length, and the answer is written as one adds by hand, units first: 47+05= wants 25.
+    Numbers are padded to one length. The answer is written as one adds by hand, units first: the
+    answer of `47+05=` is `25`.
     """
 
     def __init__(self, split: str, *, digits: int = 2) -> None:
-        self.digits, numbers = digits, range(10**digits)
-        self.pairs = [(a, b) for a in numbers for b in numbers if held_out(a, b) == (split == "heldout")]
+        self.digits = digits
+        numbers = range(10**digits)
+        pairs = [(a, b) for a in numbers for b in numbers]
+        self.pairs = [p for p in pairs if is_heldout(*p) == (split == "heldout")]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -24,11 +29,11 @@ class Addition:
         a, b = self.pairs[index]
         return Example(f"{a:0{self.digits}}+{b:0{self.digits}}=", str(a + b)[::-1])
 
-    def score(self, example: Example, reply: str) -> float:
-        """1 if the reply is the answer, else 0."""
-        return float(reply == example.answer)
+    def score(self, example: Example, response: str) -> float:
+        """1 if the response is the answer, else 0."""
+        return float(response == example.answer)
 
 
-def held_out(a: int, b: int) -> bool:
-    """One pair in ten, by a hash that does not see the order."""
-    return zlib.crc32(f"{min(a, b)}+{max(a, b)}".encode()) % 10 == 0
+def is_heldout(a: int, b: int) -> bool:
+    """The same for a + b and b + a."""
+    return is_heldout_tenth(f"{min(a, b)}+{max(a, b)}")

@@ -1,4 +1,4 @@
-"""Limits of time and memory for judges that are somebody else's code."""
+"""Limits of time and memory for judges from other libraries, which read what a policy wrote."""
 
 from __future__ import annotations
 
@@ -12,52 +12,62 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
-from rlkl.limits import limit_memory
+from rlkl.tasks.limits import limit_memory
 
 T = TypeVar("T")
 TICK = 0.02  # seconds of CPU between two looks at the clock
-ROOM = 2**28  # bytes: one operation on whole numbers of that size is past every signal, and takes seconds
+# Bytes. No signal interrupts a single operation on whole numbers, and one on numbers of this size
+# already takes seconds.
+MEMORY = 2**28
 
 
-class Late(BaseException):
-    """Not an Exception, so that `except Exception` in the judge does not swallow it; if something does, it returns."""
+class JudgeTimeout(BaseException):
+    """A judge ran out of time.
+
+    Not an Exception, so that `except Exception` in the judge does not swallow it. If something does
+    all the same, the next tick raises it again.
+    """
 
 
 def bounded(function: Callable[..., T], *args: object, otherwise: T, seconds: float = 0.3) -> T:
-    """function(*args), or `otherwise` where it raises, or takes more than so many seconds of CPU or ROOM.
+    """function(*args); `otherwise` if it raises, or exceeds `seconds` of CPU or MEMORY bytes.
 
-    The clock is that of the thread: a busy machine changes no score. A signal looks at it, and only a main thread gets
-    signals (the training loop and the workers of a process pool are one each); elsewhere there is neither limit.
+    The clock is that of the thread, so a busy machine changes no score. A signal looks at it, and
+    only a main thread gets signals: the training loop and the workers of a process pool each run in
+    one. In any other thread neither limit holds.
     """
-    end = [time.thread_time() + seconds]
+    deadline = time.thread_time() + seconds
 
-    def look(number: int, frame: FrameType | None) -> None:
-        if time.thread_time() > end[0]:
-            raise Late
+    def check_clock(number: int, frame: FrameType | None) -> None:
+        if time.thread_time() > deadline:
+            raise JudgeTimeout
 
-    def ignored(unraisable: Any) -> None:  # a tick in a destructor is lost, and the next one comes: nothing to print
-        if unraisable.exc_type is not Late:
-            others(unraisable)
+    def print_unraisable(unraisable: Any) -> None:
+        # Python only prints what is raised in a destructor. The next tick raises it again.
+        if unraisable.exc_type is not JudgeTimeout:
+            previous_hook(unraisable)
 
-    ticks = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGVTALRM, look) if ticks else None
-    others, sys.unraisablehook = sys.unraisablehook, ignored
+    has_signals = hasattr(signal, "setitimer")
+    limited = has_signals and threading.current_thread() is threading.main_thread()
+    previous_handler = signal.signal(signal.SIGVTALRM, check_clock) if limited else None
+    previous_hook = sys.unraisablehook
+    sys.unraisablehook = print_unraisable
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            lift = limit_memory(ROOM) if ticks else None
-            if ticks:
+            lift_limit = limit_memory(MEMORY) if limited else None
+            if limited:
                 signal.setitimer(signal.ITIMER_VIRTUAL, TICK, TICK)
             try:
                 return function(*args)
             finally:
-                end[0] = math.inf  # a tick that comes in the cleaning up is too late to raise
-                if lift:
-                    lift()
-    except (Exception, Late):  # a recursion, memory, a parser: anything may come out of a text that a policy wrote
+                deadline = math.inf  # no tick may interrupt the clean-up
+                if lift_limit:
+                    lift_limit()
+    except (Exception, JudgeTimeout):  # a text that a policy wrote can make a parser raise anything
         return otherwise
     finally:
-        if ticks:
+        if limited:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.signal(signal.SIGVTALRM, before)
-        sys.unraisablehook = others
+            signal.signal(signal.SIGVTALRM, previous_handler)
+        sys.unraisablehook = previous_hook

@@ -1,101 +1,150 @@
-"""Countdown: reach a target with given numbers, each used once. The task of TinyZero (Pan et al. 2025)."""
+"""Countdown: reach a target with given numbers, each used once (TinyZero, Pan et al. 2025)."""
 
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlkl.errors import UserError
 from rlkl.tasks.arithmetic import evaluate
 from rlkl.tasks.extract import tagged
-from rlkl.tasks.hub import load, message, require
-from rlkl.tasks.jsonl import bucket
+from rlkl.tasks.hub import load, require_columns, user_message
+from rlkl.tasks.split import select_side
 from rlkl.types import Example
 
 PROMPT = (
-    "Using the numbers {numbers}, write an expression that equals {target}. You may use + - * / and brackets, and "
-    "every number exactly once. Think step by step, then write the expression alone between <answer> and </answer>, "
-    "for example <answer>(1 + 2) / 3</answer>.")
-MOST = 10  # numbers: their expression must not be longer than what is read
-TRIES = 200  # draws per problem that is wanted, after which the space is taken to be smaller than that
+    "Using the numbers {numbers}, write an expression that equals {target}. You may use + - * / "
+    "and brackets, and every number exactly once. Think step by step, then write the expression "
+    "alone between <answer> and </answer>, for example <answer>(1 + 2) / 3</answer>."
+)
+MAX_NUMBERS = 10  # of a puzzle: an expression of more would be longer than `evaluate` reads
+ATTEMPTS = 200  # random draws per puzzle, after which there are taken to be no more
+
+
+class Puzzle(NamedTuple):
+    """Numbers and a target, and a solution if the puzzle was generated."""
+
+    numbers: list[int]
+    target: int
+    solution: str | None
 
 
 class Countdown:
-    """`problems` puzzles made from `seed`, each of which can be solved; or the rows (target, nums) of `path`.
+    """`problems` puzzles generated from `seed`, all solvable; or the rows (target, nums) of `path`.
 
-    About `heldout` of the puzzles are held out, by a hash of numbers and target: their order does not matter. `tags`
-    off: the whole reply is the expression. A reply earns 1 for a solution, and `format_score` for any expression.
+    About a share `heldout` of the puzzles is held out, by a hash of numbers and target that does
+    not see the order of the numbers. With `tags` off the whole response is the expression. A
+    solution scores 1, and any expression `format_score` on top.
     """
 
-    def __init__(self, split: str, *, path: str | None = None, problems: int = 5000, numbers: tuple[int, int] = (3, 4),
-                 largest: int = 99, target: tuple[int, int] = (10, 99), seed: int = 0, prompt: str = PROMPT,
-                 chat: bool = True, tags: bool = True, format_score: float = 0.1, heldout: float = 0.1) -> None:
-        if not 1 <= numbers[0] <= numbers[1] <= MOST or largest < 1:
-            raise UserError(f"task.numbers={list(numbers)}, task.largest={largest}: from 1 to {MOST} numbers, the "
-                            "fewest first, and each at least 1")
+    def __init__(
+        self,
+        split: str,
+        *,
+        path: str | None = None,
+        problems: int = 5000,
+        numbers: tuple[int, int] = (3, 4),
+        largest: int = 99,
+        target: tuple[int, int] = (10, 99),
+        seed: int = 0,
+        prompt: str = PROMPT,
+        chat: bool = True,
+        tags: bool = True,
+        format_score: float = 0.1,
+        heldout: float = 0.1,
+    ) -> None:
+        if not 1 <= numbers[0] <= numbers[1] <= MAX_NUMBERS or largest < 1:
+            raise UserError(
+                f"task.numbers={list(numbers)}, task.largest={largest}: numbers is the fewest and "
+                f"the most, from 1 to {MAX_NUMBERS} numbers; largest is at least 1"
+            )
         if not 0 <= format_score < 1:
-            raise UserError(f"task.format_score={format_score}: at least 0 and below 1, which is for a solution")
-        self.prompt, self.chat, self.tags, self.format_score = prompt, chat, tags, format_score
-        puzzles = generate(problems, numbers, largest, target, seed) if path is None else read(path)
-        self.puzzles = [p for p in puzzles if (bucket(f"{sorted(p[0])} {p[1]}") < heldout) == (split == "heldout")]
-        if not self.puzzles:
-            raise UserError(f"task=countdown: none of {len(puzzles)} puzzles falls on the {split} side with "
-                            f"task.heldout={heldout}")
+            raise UserError(
+                f"task.format_score={format_score}: must be at least 0 and below 1, the score of a "
+                "solution"
+            )
+        self.prompt = prompt
+        self.chat = chat
+        self.tags = tags
+        self.format_score = format_score
+        if path is None:
+            puzzles = generate(problems, numbers, largest, target, seed)
+        else:
+            puzzles = read(path)
+        self.puzzles = select_side(puzzles, split, heldout, hash_key, "task=countdown")
 
     def __len__(self) -> int:
         return len(self.puzzles)
 
     def __getitem__(self, index: int) -> Example:
         numbers, target, solution = self.puzzles[index]
-        text = self.prompt.replace("{numbers}", ", ".join(map(str, numbers))).replace("{target}", str(target))
+        text = self.prompt.replace("{numbers}", ", ".join(map(str, numbers)))
+        text = text.replace("{target}", str(target))
         info: dict[str, Any] = {"numbers": list(numbers), "target": target}
         if solution is not None:
             info["solution"] = f"<answer>{solution}</answer>" if self.tags else solution
-        return Example(message(text) if self.chat else text, str(target), info)
+        return Example(user_message(text) if self.chat else text, str(target), info)
 
-    def score(self, example: Example, reply: str) -> float | dict[str, float]:
-        """1 for an expression that uses every number once and equals the target; named parts with a format_score."""
-        said = tagged(reply) if self.tags else reply
-        found = None if said is None else evaluate(said)
-        right = found is not None and found[0] == example.info["target"]
-        correct = float(right and sorted(found[1]) == sorted(example.info["numbers"]))
+    def score(self, example: Example, response: str) -> float | dict[str, float]:
+        """1 for an expression that equals the target and uses every number once, else 0.
+
+        With a `format_score`, two named parts: correct and format.
+        """
+        expression = tagged(response) if self.tags else response
+        parsed = None if expression is None else evaluate(expression)
+        correct = 0.0
+        if parsed is not None and parsed[0] == example.info["target"]:
+            correct = float(sorted(parsed[1]) == sorted(example.info["numbers"]))
         if not self.format_score:
             return correct
-        return {"correct": correct, "format": self.format_score * (found is not None)}
+        return {"correct": correct, "format": self.format_score * (parsed is not None)}
 
 
-Puzzle = tuple[list[int], int, str | None]
+def hash_key(puzzle: Puzzle) -> str:
+    """What decides whether a puzzle is held out."""
+    return f"{sorted(puzzle.numbers)} {puzzle.target}"
 
 
 def read(path: str) -> list[Puzzle]:
-    """Rows of target and nums, as in Jiayi-Pan/Countdown-Tasks-3to4."""
+    """Puzzles from rows of target and nums, as in Jiayi-Pan/Countdown-Tasks-3to4."""
     rows = load(path, None, "train")
-    require(rows, ("target", "nums"), path)
-    return [([int(n) for n in row["nums"]], int(row["target"]), None) for row in rows]
+    require_columns(rows, ("target", "nums"), path)
+    return [Puzzle([int(n) for n in row["nums"]], int(row["target"]), None) for row in rows]
 
 
-def generate(problems: int, numbers: tuple[int, int], largest: int, target: tuple[int, int], seed: int) -> list[Puzzle]:
-    """Distinct puzzles with a solution each. UserError if there are not so many."""
-    rng, found = random.Random(seed), {}
-    for _ in range(TRIES * problems):
-        if len(found) == problems:
+def generate(
+    problems: int, numbers: tuple[int, int], largest: int, target: tuple[int, int], seed: int
+) -> list[Puzzle]:
+    """Distinct puzzles, each with a solution. Raises UserError if there are too few."""
+    rng = random.Random(seed)
+    puzzles: dict[tuple[tuple[int, ...], int], Puzzle] = {}
+    for _ in range(ATTEMPTS * problems):
+        if len(puzzles) == problems:
             break
         drawn = [rng.randint(1, largest) for _ in range(rng.randint(*numbers))]
         value, solution = combine(drawn, rng)
         if target[0] <= value <= target[1]:
-            found.setdefault((tuple(sorted(drawn)), value), (drawn, value, solution))
-    if len(found) < problems:
-        raise UserError(f"task.problems={problems}: only {len(found)} puzzles were found; ask for fewer, or widen "
-                        "task.numbers, task.largest or task.target")
-    return list(found.values())
+            puzzles.setdefault((tuple(sorted(drawn)), value), Puzzle(drawn, value, solution))
+    if len(puzzles) < problems:
+        raise UserError(
+            f"task.problems={problems}: only {len(puzzles)} puzzles were found; ask for fewer, or "
+            "widen task.numbers, task.largest or task.target"
+        )
+    return list(puzzles.values())
 
 
 def combine(numbers: list[int], rng: random.Random) -> tuple[int, str]:
-    """A random expression of them, and its value: two at random are joined by an operator until one is left."""
+    """The value and the text of a random expression that uses each number once.
+
+    Two random parts are joined by a random operator until one part is left.
+    """
     parts = [(n, str(n)) for n in numbers]
     while len(parts) > 1:
-        (a, left), (b, right) = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
-        values = {"+": a + b, "-": a - b, "*": a * b} | ({"/": a // b} if b and a % b == 0 else {})
+        a, left = parts.pop(rng.randrange(len(parts)))
+        b, right = parts.pop(rng.randrange(len(parts)))
+        values = {"+": a + b, "-": a - b, "*": a * b}
+        if b and a % b == 0:
+            values["/"] = a // b
         sign = rng.choice(list(values))
         parts.append((values[sign], f"({left} {sign} {right})"))
     value, text = parts[0]

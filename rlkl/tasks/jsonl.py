@@ -1,40 +1,41 @@
-"""A file of {"prompt": …, "answer": …} rows, one JSON object a line; further keys go to Example.info."""
+"""A file of {"prompt": …, "answer": …} rows, one JSON object a line."""
 
 from __future__ import annotations
 
-import json
-import zlib
-
 from rlkl.errors import UserError
-from rlkl.rows import json_rows
 from rlkl.tasks.listed import Listed
+from rlkl.tasks.read_jsonl import json_rows
+from rlkl.tasks.split import select_side
 from rlkl.types import Example
 
 
 class Jsonl(Listed):
-    """Rows of `path`; about `heldout` of them are held out, by a hash of the prompt: equal prompts share a side."""
+    """The rows of `path`; keys other than prompt and answer go to Example.info.
+
+    About a share `heldout` of the prompts is held out, by a hash of the prompt.
+    """
 
     def __init__(self, split: str, *, path: str, heldout: float = 0.1) -> None:
         examples = [parse(row, where) for where, row in json_rows(path, "task.path")]
-        self.examples = [e for e in examples if (bucket(e.prompt) < heldout) == (split == "heldout")]
-        if not self.examples:
-            raise UserError(f"task.path={path!r}: no row falls on the {split} side with task.heldout={heldout}")
+        source = f"task.path={path!r}"
+        self.examples = select_side(examples, split, heldout, lambda e: e.prompt, source)
 
-    def score(self, example: Example, reply: str) -> float:
-        """1 if the reply is the answer, but for white space around it."""
-        return float(reply.strip() == example.answer.strip())
+    def score(self, example: Example, response: str) -> float:
+        """1 if the response equals the answer, except for white space around it."""
+        return float(response.strip() == example.answer.strip())
 
 
 def parse(row: dict, where: str) -> Example:
-    """One row. Raises UserError naming the line."""
+    """One row as an Example. Raises UserError naming the line."""
     if missing := [name for name in ("prompt", "answer") if name not in row]:
         raise UserError(f"{where}: the row has no {missing[0]!r}; it needs prompt and answer")
-    prompt, answer = row.pop("prompt"), row.pop("answer")
-    if not isinstance(prompt, str | list) or not prompt or not isinstance(answer, str | int | float):
+    prompt = row.pop("prompt")
+    answer = row.pop("answer")
+    if not is_prompt(prompt) or not isinstance(answer, str | int | float):
         raise UserError(f"{where}: prompt must be text or chat messages, answer text or a number")
     return Example(prompt, str(answer), row)
 
 
-def bucket(prompt: str | list[dict]) -> float:
-    """A number in [0, 1) that depends on the prompt alone."""
-    return zlib.crc32(json.dumps(prompt, sort_keys=True).encode()) / 2**32
+def is_prompt(x: object) -> bool:
+    """Is this text, or a list of chat messages, and not empty?"""
+    return isinstance(x, str | list) and bool(x)

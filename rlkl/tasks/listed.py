@@ -1,4 +1,4 @@
-"""What tasks that hold their examples in a list share. Yours needs no base class: the three methods will do."""
+"""The base class of tasks that hold their examples in a list. A task of yours does not need it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from rlkl.types import Example
 
 
 class Listed:
+    """`__len__` and `__getitem__` of a list of examples."""
+
     examples: list[Example]
 
     def __len__(self) -> int:

@@ -10,90 +10,126 @@ from typing import Any
 from rlkl.errors import UserError
 from rlkl.tasks.bounded import bounded
 from rlkl.tasks.extract import boxed
-from rlkl.tasks.hub import load, message, require, side
+from rlkl.tasks.hub import load, load_side, require_columns, user_message
 from rlkl.tasks.listed import Listed
 from rlkl.types import Example
 
 PROMPT = "{problem}\nLet's think step by step and output the final answer within \\boxed{}."
-LONGEST = 300  # characters that are parsed: of a box, or of the end of a reply without one
+MAX_CHARACTERS = 300  # that are parsed: of a box, or of the end of a response without one
 
 
 class Mathematics(Listed):
-    r"""Rows of problem, solution, level and perhaps answer; without that column the answer is the solution's \boxed{}.
+    r"""Rows of problem, solution, level and perhaps answer.
 
-    Held out: the `test` split of `heldout_path`, by default MATH-500. `levels` keeps some of the five.
+    Without an answer column the answer is the \boxed{} of the solution. Held out is the `test`
+    split of `heldout_path`, by default MATH-500. `levels` selects some of the five levels.
     """
 
-    def __init__(self, split: str, *, path: str = "DigitalLearningGmbH/MATH-lighteval",
-                 heldout_path: str | None = "HuggingFaceH4/MATH-500", levels: list[int] | None = None,
-                 prompt: str = PROMPT, chat: bool = True, heldout: float = 0.1) -> None:
-        judge()  # if it is missing, that is said now
+    def __init__(
+        self,
+        split: str,
+        *,
+        path: str = "DigitalLearningGmbH/MATH-lighteval",
+        heldout_path: str | None = "HuggingFaceH4/MATH-500",
+        levels: list[int] | None = None,
+        prompt: str = PROMPT,
+        chat: bool = True,
+        heldout: float = 0.1,
+    ) -> None:
+        math_verify()  # raises now if it is not installed
         if split == "heldout" and heldout_path is not None:
-            path, rows = heldout_path, load(heldout_path, None, "test")
+            path = heldout_path
+            rows = load(path, None, "test")
         else:
-            rows = side(split, path, None, ("train", "test"), heldout, key="problem")
-        require(rows, ("problem", "level" if levels else "problem"), path)
-        require(rows, ("answer",) if "answer" in rows[0] else ("solution",), path)
-        rows = [row for row in rows if not levels or level(row) in levels]
-        self.examples = [e for row in rows if (e := example(row, prompt, chat)) is not None]
+            rows = load_side(split, path, None, ("train", "test"), heldout, key="problem")
+        require_columns(rows, ("problem", "level") if levels else ("problem",), path)
+        require_columns(rows, ("answer",) if "answer" in rows[0] else ("solution",), path)
+        if levels:
+            rows = [row for row in rows if level(row) in levels]
+        examples = [parse(row, prompt, chat) for row in rows]
+        self.examples = [e for e in examples if e is not None]
         if not self.examples:
-            raise UserError(f"task.path={path!r}: no problem with an answer"
-                            f"{f' of levels {levels}' if levels else ''} on the {split} side")
+            of_levels = f" of levels {levels}" if levels else ""
+            raise UserError(
+                f"task.path={path!r}: no problem with an answer{of_levels} on the {split} side"
+            )
 
-    def score(self, example: Example, reply: str) -> float:
-        r"""1 if the last \boxed{…}, or without one the end of the reply, equals the answer, else 0."""
-        in_box = re.search(r"\\(boxed|fbox)", reply) is not None
-        said = boxed(reply, LONGEST) if in_box else reply[-LONGEST:].strip()
-        if not said or same(said) == same(example.answer):
-            return float(bool(said))
-        judge()  # loaded in this process, before the clock runs
-        return bounded(equal, example.answer, said, in_box, otherwise=0.0)
+    def score(self, example: Example, response: str) -> float:
+        r"""1 if the last \boxed{…} equals the answer, else 0.
+
+        Without a box the end of the response is compared.
+        """
+        has_box = re.search(r"\\(boxed|fbox)", response) is not None
+        if has_box:
+            final = boxed(response, MAX_CHARACTERS)
+        else:
+            final = response[-MAX_CHARACTERS:].strip()
+        if not final:
+            return 0.0
+        if without_spaces(final) == without_spaces(example.answer):
+            return 1.0
+        math_verify()  # loaded in this process before the clock runs
+        return bounded(is_equal, example.answer, final, has_box, otherwise=0.0)
 
 
-def example(row: dict[str, Any], prompt: str, chat: bool) -> Example | None:
-    """None for a row without an answer that can be found."""
-    answer = row.get("answer") or boxed(row.get("solution") or "", LONGEST)
+def parse(row: dict[str, Any], prompt: str, chat: bool) -> Example | None:
+    """One row as an Example; None if it has no answer."""
+    answer = row.get("answer") or boxed(row.get("solution") or "", MAX_CHARACTERS)
     if not answer:
         return None
     text = prompt.replace("{problem}", row["problem"])
     info = {name: row[name] for name in ("solution", "level") if row.get(name)}
-    return Example(message(text) if chat else text, str(answer), info)
+    return Example(user_message(text) if chat else text, str(answer), info)
 
 
 def level(row: dict[str, Any]) -> int | None:
-    """5 of "Level 5", as MATH writes it, and of 5, as MATH-500 does."""
-    found = re.search(r"[0-9]+", str(row["level"]))
-    return int(found[0]) if found else None
+    """5 for "Level 5", as in MATH, and for 5, as in MATH-500."""
+    digits = re.search(r"[0-9]+", str(row["level"]))
+    return int(digits[0]) if digits else None
 
 
-def same(text: str) -> str:
-    """But for white space: spares most right replies the parser."""
+def without_spaces(text: str) -> str:
+    """The text without white space. Most right answers are equal then, and need no parser."""
     return re.sub(r"\s+|\\[,;! ]", "", text)
 
 
-def equal(answer: str, said: str, in_box: bool) -> float:
-    """math-verify's verdict; its own time limits are off, they ring an alarm that `bounded` does not need."""
-    parse, verify = judge()
-    found = parse(rf"\boxed{{{said}}}" if in_box else said, parsing_timeout=None)
-    return float(verify(list(gold(answer)), found, timeout_seconds=None))
+def is_equal(answer: str, final: str, has_box: bool) -> float:
+    """The verdict of math-verify, 0 or 1.
+
+    Its own time limits are off: they ring an alarm, which `bounded` does not need.
+    """
+    parse_latex, verify = math_verify()
+    text = rf"\boxed{{{final}}}" if has_box else final
+    parsed = parse_latex(text, parsing_timeout=None)
+    return float(verify(list(parsed_answer(answer)), parsed, timeout_seconds=None))
 
 
 @functools.lru_cache(maxsize=4096)
-def gold(answer: str) -> tuple:
-    """An answer as math-verify reads it; a problem comes up again in every epoch and for every reply of its group."""
-    parse, _ = judge()
-    return tuple(parse(rf"\boxed{{{answer}}}", parsing_timeout=None))
+def parsed_answer(answer: str) -> tuple:
+    """An answer as math-verify reads it.
+
+    It is cached: a problem returns for every response of its group, and in every epoch.
+    """
+    parse_latex, _ = math_verify()
+    return tuple(parse_latex(rf"\boxed{{{answer}}}", parsing_timeout=None))
 
 
 @functools.cache
-def judge() -> tuple[Any, Any]:
-    """math-verify's parse and verify, with their tables made. UserError if it is not installed."""
+def math_verify() -> tuple[Any, Any]:
+    """math-verify's parse and verify, warmed up. Raises UserError if it is not installed."""
     try:
         from math_verify import parse, verify
     except ImportError as error:
         raise UserError("task=math judges with math-verify: pip install 'rlkl[tasks]'") from error
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns of the time limit that is switched off
-    square, sum_, half = (parse(text, parsing_timeout=None) for text in ("$(x+1)^2$", r"\boxed{x^2 + 1}", "so 0.5"))
-    for said in (sum_, half):
-        verify(square, said, timeout_seconds=None)
+    # It warns about the time limits, which are switched off on purpose.
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    # The first calls build tables, which must not count against a response.
+    texts = ("$(x+1)^2$", r"\boxed{x^2 + 1}", "so 0.5")
+    # None switches the time limit off, which its annotation does not say.
+    square, polynomial, half = (
+        parse(text, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+        for text in texts
+    )
+    verify(square, polynomial, timeout_seconds=None)
+    verify(square, half, timeout_seconds=None)
     return parse, verify

@@ -1,4 +1,7 @@
-"""fused on CUDA: against float64 at awkward and at real shapes; memory, repeatability, CUDA graphs, bf16 products."""
+"""The fused backend on CUDA, against float64 at awkward and at real shapes.
+
+Also memory, repeatability, CUDA graphs and bf16 products.
+"""
 
 import itertools
 import math
@@ -6,38 +9,59 @@ import math
 import pytest
 import test_tiles
 import torch
-from test_tiles import HEADS, RAGGED, REFERENCES, Case, case, per_row, relative, run, specified
+from test_tiles import (
+    EVERYTHING,
+    HEADS,
+    RAGGED,
+    REFERENCES,
+    Case,
+    case,
+    gradients,
+    per_row,
+    relative,
+    specified,
+)
 from torch import Tensor
 
-from rlkl.kernels.plain import Caps, Sums, Upstream, Work, finish
-from rlkl.logprobs import LOGITS_BUDGET, chosen, token_logprobs
-from rlkl.tiles import Shape, add_product, product, tile_for, tiled
+from rlkl.logprobs import LOGITS_BUDGET, choose_backend, token_logprobs
+from rlkl.logprobs.reference import product
+from rlkl.logprobs.tile_torch import LogitTransform, Sums, TileInputs, Upstream, finish
+from rlkl.logprobs.tiled import Shape, add_product, tile_for, tiled
 from rlkl.types import Head
 
 pytest.importorskip("triton")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 DTYPES = [torch.float32, torch.bfloat16]
 VALUE = 5e-5  # nats
-GRADIENT = {torch.float32: 5e-5, torch.bfloat16: 4e-3}  # relative; rounding to bf16 is 1.7e-3 by itself
+# Relative. Rounding to bf16 is 1.7e-3 by itself.
+GRADIENT = {torch.float32: 5e-5, torch.bfloat16: 4e-3}
 GB = 2**30
 
 
-def fused(c: Case, **kw) -> tuple:
-    from rlkl.kernels.logits import TRITON
+def fused(c: Case, **options) -> tuple:
+    from rlkl.logprobs.tile_triton import TRITON
 
-    return tiled(*c, functions=TRITON, **kw)
+    return tiled(*c, functions=TRITON, **options)
 
 
-def compare(c: Case, dtype: torch.dtype, loose: float = 1.0, **kw) -> None:
-    mine = c.to(dtype, "cuda")
-    subset = (0, 1) if c.ref_hidden is None else (0, 1, 2, 3)
-    found = fused(mine, **kw)
-    outputs, grads = specified(mine, subset)
-    for a, b in zip([x for x in found if x is not None], outputs, strict=True):
+def without_none(outputs: tuple) -> list[Tensor]:
+    return [x for x in outputs if x is not None]
+
+
+def compare(c: Case, dtype: torch.dtype, loose: float = 1.0, **options) -> None:
+    """Outputs and gradients on CUDA are those of `reference` in float64."""
+    on_cuda = c.to(dtype, "cuda")
+    outputs = fused(on_cuda, **options)
+    expected, expected_gradients = specified(on_cuda, c.all_outputs)
+    for a, b in zip(without_none(outputs), expected, strict=True):
         assert a.is_cuda
         assert (a - b).abs().max() <= VALUE * loose
-    for a, b in zip(run(found, mine, subset), grads, strict=True):
+    computed = gradients(outputs, on_cuda, c.all_outputs)
+    for a, b in zip(computed, expected_gradients, strict=True):
         assert a.isfinite().all()
         assert relative(a, b) <= GRADIENT[dtype] * loose
 
@@ -56,13 +80,25 @@ def large(rows: int, width: int, columns: int, reference: bool = False, std: flo
         return torch.randn(*shape, generator=g, device="cuda", dtype=torch.bfloat16)
 
     hidden, weight = normal(rows, width) * std, normal(columns, width) / math.sqrt(width)
-    ids = torch.cat([product(part, weight).softmax(-1).multinomial(1, generator=g).squeeze(1)
-                     for part in hidden.split(1024)])
-    other = (normal(rows, width) * std, Head(normal(columns, width) / math.sqrt(width))) if reference else (None, None)
-    return Case(hidden.requires_grad_(), Head(weight.requires_grad_()), ids, torch.ones(rows, device="cuda"), *other)
+    ids = [
+        product(part, weight).softmax(-1).multinomial(1, generator=g).squeeze(1)
+        for part in hidden.split(1024)
+    ]
+    ref_hidden = ref_head = None
+    if reference:
+        ref_hidden = normal(rows, width) * std
+        ref_head = Head(normal(columns, width) / math.sqrt(width))
+    return Case(
+        hidden.requires_grad_(),
+        Head(weight.requires_grad_()),
+        torch.cat(ids),
+        torch.ones(rows, device="cuda"),
+        ref_hidden,
+        ref_head,
+    )
 
 
-# ---------------------------------------------------------------- float64
+# ---------------------------------------------------------------- against float64
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,7 +108,7 @@ def test_every_head_is_the_specification(options, dtype):
     compare(per_row(case(options, "none")), dtype)
 
 
-@pytest.mark.parametrize("keep_bytes", [0, 500, test_tiles.EVERYTHING])
+@pytest.mark.parametrize("keep_bytes", [0, 500, EVERYTHING])
 @pytest.mark.parametrize("ref", REFERENCES)
 def test_every_reference_and_kept_logits_are_the_specification(ref, keep_bytes):
     for dtype in DTYPES:
@@ -80,10 +116,22 @@ def test_every_reference_and_kept_logits_are_the_specification(ref, keep_bytes):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width", "columns"), [
-    (1, 64, 252), (123, 64, 507), (252, 123, 1003), (507, 252, 4099), (300, 129, 16_385), (129, 896, 20_001)])
+@pytest.mark.parametrize(
+    ("rows", "width", "columns"),
+    [
+        (1, 64, 252),
+        (123, 64, 507),
+        (252, 123, 1003),
+        (507, 252, 4099),
+        (300, 129, 16_385),
+        (129, 896, 20_001),
+    ],
+)
 def test_awkward_shapes_are_float64(rows, width, columns, dtype):
-    for options, ref in (({}, "none"), ({"bias": True, "softcap": 20.0, "vocab_size": columns - 5}, "wider")):
+    for options, ref in (
+        ({}, "none"),
+        ({"bias": True, "softcap": 20.0, "vocab_size": columns - 5}, "wider"),
+    ):
         c = case(options, ref, rows=rows, width=width, columns=columns)
         compare(c, dtype)
         compare(c, dtype, tile=Shape(min(rows, 100), 300))
@@ -106,17 +154,17 @@ SHAPES = {  # kernels of real models with fewer rows
 }
 
 
-def check_large(c: Case, tile: Shape | None = None) -> None:
-    subset = (0, 1) if c.ref_hidden is None else (0, 1, 2, 3)
-    found = fused(c, tile=tile)
-    grads = run(found, c, subset)
-    outputs, want = specified(c, subset)
-    gap = (found[0] - outputs[0]).abs()
+def check_large(c: Case) -> None:
+    outputs = fused(c)
+    computed = gradients(outputs, c, c.all_outputs)
+    expected, expected_gradients = specified(c, c.all_outputs)
+    gap = (outputs[0] - expected[0]).abs()
     assert gap.max() <= 1e-4
     assert gap.mean() <= 1e-5
-    for a, b in zip([x for x in found if x is not None], outputs, strict=True):
+    for a, b in zip(without_none(outputs), expected, strict=True):
         assert (a - b).abs().max() <= 2e-4
-    assert all(relative(a, b) <= GRADIENT[torch.bfloat16] for a, b in zip(grads, want, strict=True))
+    for a, b in zip(computed, expected_gradients, strict=True):
+        assert relative(a, b) <= GRADIENT[torch.bfloat16]
 
 
 @pytest.mark.parametrize(("rows", "width", "columns", "reference"), SHAPES.values(), ids=SHAPES)
@@ -125,38 +173,41 @@ def test_real_vocabularies_are_float64(rows, width, columns, reference):
     check_large(large(rows, width, columns, reference))
 
 
-def test_s8_three_quarters_masked():
+def test_real_vocabularies_with_three_quarters_of_the_rows_masked():
     needs(60)
     c = large(2048, 2048, 151_936)
-    left = torch.arange(2048, device="cuda") % 4 == 1
-    check_large(Case(c.hidden.detach()[left].requires_grad_(), c.head, c.ids[left], c.temperature[left], None, None))
+    unmasked = torch.arange(2048, device="cuda") % 4 == 1
+    hidden = c.hidden.detach()[unmasked].requires_grad_()
+    temperature = c.temperature[unmasked]
+    check_large(c._replace(hidden=hidden, ids=c.ids[unmasked], temperature=temperature))
 
 
-def test_l1_from_logits_in_one_tile():
-    """The two kernels by themselves, on a tile of whole rows."""
+def test_the_two_kernels_by_themselves():
+    """On a tile of whole rows, without products."""
     needs(16)
-    from rlkl.kernels.logits import TRITON
+    from rlkl.logprobs.tile_triton import TRITON
 
     rows, columns = 512, 151_936
     g = torch.Generator("cuda").manual_seed(0)
     z = 3 * torch.randn(rows, columns, generator=g, device="cuda")
     ids = torch.randint(columns, (rows,), generator=g, device="cuda")
-    caps, sums = Caps(1.0, None, None), Sums.start(rows, z, False)
-    work = Work(ids, torch.ones(rows, device="cuda"), caps, caps)
-    TRITON.accumulate(z.clone(), None, work, sums)
-    done, logp = finish(sums), z.double().log_softmax(1)
-    want = logp.gather(1, ids[:, None]).squeeze(1)
-    assert (done.logprobs - want).abs().max() <= 1e-5
-    assert (done.entropy + (logp.exp() * logp).sum(1)).abs().max() <= 2e-5
-    up = torch.randn(rows, generator=g, device="cuda")
-    p = logp.exp()
-    exact = -p * up.double()[:, None]
-    exact[torch.arange(rows, device="cuda"), ids] += up.double()
-    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 3e-3)):
+    transform = LogitTransform(1.0, None, None)
+    inputs = TileInputs(ids, torch.ones(rows, device="cuda"), transform, transform)
+    sums = Sums.start(rows, z, reference=False)
+    TRITON.accumulate(z.clone(), None, inputs, sums)
+    totals, logp = finish(sums), z.double().log_softmax(1)
+    expected = logp.gather(1, ids[:, None]).squeeze(1)
+    assert (totals.logprobs - expected).abs().max() <= 1e-5
+    assert (totals.entropy + (logp.exp() * logp).sum(1)).abs().max() <= 2e-5
+    g_logprobs = torch.randn(rows, generator=g, device="cuda")
+    exact = -logp.exp() * g_logprobs.double()[:, None]
+    exact[torch.arange(rows, device="cuda"), ids] += g_logprobs.double()
+    upstream = Upstream(g_logprobs, None, None, None)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-3)):
         tile = z.clone()
-        d = TRITON.dlogits(tile, None, work, done, Upstream(up, None, None, None), dtype)
+        d = TRITON.dlogits(tile, None, inputs, totals, upstream, dtype)
         assert d.data_ptr() == tile.data_ptr()
-        assert relative(d, exact) <= most
+        assert relative(d, exact) <= tolerance
 
 
 def test_more_logits_than_an_int32_can_count_in_one_tile():
@@ -165,15 +216,16 @@ def test_more_logits_than_an_int32_can_count_in_one_tile():
     assert rows * columns > 2**31
     c = large(rows, 16, columns)
     c = c._replace(head=Head(c.head.weight.detach()))
-    found = fused(c, tile=Shape(rows, columns))
-    (grad,) = torch.autograd.grad(found[0].sum() + found[1].sum(), c.hidden)
+    logprobs, entropy, *_ = fused(c, tile=Shape(rows, columns))
+    (grad,) = torch.autograd.grad(logprobs.sum() + entropy.sum(), c.hidden)
     for few in (slice(0, last), slice(rows - last, rows)):
         hidden = c.hidden.detach()[few].double().requires_grad_()
-        stats = token_logprobs(hidden, Head(c.head.weight.double()), c.ids[few], backend="reference")
-        (want,) = torch.autograd.grad(stats.logprobs.sum() + stats.entropy.sum(), hidden)
-        assert (found[0][few] - stats.logprobs).abs().max() <= VALUE
-        assert (found[1][few] - stats.entropy).abs().max() <= VALUE
-        assert relative(grad[few], want) <= GRADIENT[torch.bfloat16]
+        head = Head(c.head.weight.double())
+        stats = token_logprobs(hidden, head, c.ids[few], backend="reference")
+        (expected,) = torch.autograd.grad(stats.logprobs.sum() + stats.entropy.sum(), hidden)
+        assert (logprobs[few] - stats.logprobs).abs().max() <= VALUE
+        assert (entropy[few] - stats.entropy).abs().max() <= VALUE
+        assert relative(grad[few], expected) <= GRADIENT[torch.bfloat16]
 
 
 # ---------------------------------------------------------------- memory, repeatability, graphs
@@ -199,35 +251,38 @@ def test_memory_is_one_tile_the_states_gradient_and_one_tile_of_the_weights_grad
     assert tile == Shape(8192, 16_384)
 
     def compute() -> list[Tensor]:
-        return run(fused(c), c, subset)
+        return gradients(fused(c), c, subset)
 
-    gradients = sum(x.nbytes for x in compute())  # also: kernels are compiled, cuBLAS takes its workspace
-    plan = tile.rows * tile.columns * 4 * (1 + reference) + rows * width * 4 + tile.columns * width * 4
-    assert peak(compute) <= gradients + 1.1 * plan
+    # The first call also compiles the kernels, and cuBLAS takes its workspace.
+    gradient_bytes = sum(x.nbytes for x in compute())
+    logits = tile.rows * tile.columns * 4 * (1 + reference)
+    plan = logits + rows * width * 4 + tile.columns * width * 4
+    assert peak(compute) <= gradient_bytes + 1.1 * plan
     with torch.no_grad():
-        assert peak(lambda: fused(c)) <= 1.1 * tile.rows * tile.columns * 4 * (1 + reference)
+        assert peak(lambda: fused(c)) <= 1.1 * logits
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ref", ["wider", "same head", "none"])
 def test_two_runs_have_the_same_bits(ref, dtype):
     c = case({"bias": True}, ref, rows=1000, width=256, columns=5000).to(dtype, "cuda")
-    subset = (0, 1) if ref == "none" else (0, 1, 2, 3)
 
     def compute() -> list[Tensor]:
-        found = fused(c, tile=Shape(512, 2048))
-        return [x for x in found if x is not None] + run(found, c, subset)
+        outputs = fused(c, tile=Shape(512, 2048))
+        return without_none(outputs) + gradients(outputs, c, c.all_outputs)
 
     first = compute()
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, compute(), strict=True))
 
 
-def test_kept_logits_give_the_same_bits_as_logits_made_again():
+def test_kept_logits_give_the_same_bits_as_logits_computed_again():
     c = case({}, rows=1000, width=256, columns=5000).to(torch.bfloat16, "cuda")
-    tile, kept = Shape(512, 2048), (0, 10**7, test_tiles.EVERYTHING)
-    runs = [run(fused(c, tile=tile, keep_bytes=k), c, (0, 1, 2, 3)) for k in kept]
-    for a, b in itertools.pairwise(runs):
+    results = []
+    for keep_bytes in (0, 10**7, EVERYTHING):
+        outputs = fused(c, tile=Shape(512, 2048), keep_bytes=keep_bytes)
+        results.append(gradients(outputs, c, (0, 1, 2, 3)))
+    for a, b in itertools.pairwise(results):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -236,8 +291,8 @@ def test_a_cuda_graph_of_forward_and_backward_replays_what_eager_computes():
     up = [torch.randn(512, device="cuda") for _ in range(4)]
 
     def compute() -> list[Tensor]:
-        found = fused(c, tile=Shape(256, 2048))
-        return [*found, *torch.autograd.grad(found, c.leaves, up)]
+        outputs = fused(c, tile=Shape(256, 2048))
+        return [*outputs, *torch.autograd.grad(outputs, c.leaves, up)]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -258,10 +313,12 @@ def test_a_cuda_graph_of_forward_and_backward_replays_what_eager_computes():
             assert relative(a, b.double()) <= (1e-5 if i < 4 else 1e-3)
 
 
-# ---------------------------------------------------------------- products, and who computes
+# ---------------------------------------------------------------- products, choice of backend
 
 
-@pytest.mark.parametrize(("rows", "width", "columns"), [(512, 1024, 2048), (123, 252, 507), (8192, 896, 1024)])
+@pytest.mark.parametrize(
+    ("rows", "width", "columns"), [(512, 1024, 2048), (123, 252, 507), (8192, 896, 1024)]
+)
 def test_products_of_bf16_are_summed_and_returned_in_float32(rows, width, columns):
     """Rounded to bf16 they would be off by 1e-4 of Σ|a||b|."""
     g = torch.Generator("cuda").manual_seed(0)
@@ -275,24 +332,30 @@ def test_products_of_bf16_are_summed_and_returned_in_float32(rows, width, column
     added = total.clone()
     add_product(added, a, b.T.contiguous())
     assert ((added - total.double() - exact).abs() / size).max() <= 2e-6
-    narrow = torch.zeros(rows, columns, device="cuda").view(torch.bfloat16)[:, :columns]  # ∂loss/∂products in a tile
+
+    # ∂loss/∂products lie in the memory of a float32 tile.
+    tile = torch.zeros(rows, columns, device="cuda")
+    narrow = tile.view(torch.bfloat16)[:, :columns]
     narrow.copy_(total)
     weight_gradient = torch.zeros(columns, width, device="cuda")
     add_product(weight_gradient, narrow.T, a)
-    want = narrow.double().T @ a.double()
-    assert ((weight_gradient - want).abs() / (narrow.double().abs().T @ a.double().abs())).max() <= 2e-6
+    exact = narrow.double().T @ a.double()
+    size = narrow.double().abs().T @ a.double().abs()
+    assert ((weight_gradient - exact).abs() / size).max() <= 2e-6
 
 
 def test_auto_is_fused_beyond_the_budget():
     head = Head(torch.empty(65_536, 8, device="cuda", dtype=torch.bfloat16))
     most = LOGITS_BUDGET // (4 * 65_536)
-    assert [chosen(rows, head) for rows in (1, most, most + 1)] == ["reference", "reference", "fused"]
+    backends = [choose_backend(rows, head) for rows in (1, most, most + 1)]
+    assert backends == ["reference", "reference", "fused"]
     c = large(most + 1, 8, 65_536)
-    a, b = (token_logprobs(*c[:3], backend=name) for name in ("auto", "fused"))
-    assert torch.equal(a.logprobs, b.logprobs)
-    assert torch.equal(a.entropy, b.entropy)
+    auto = token_logprobs(*c[:3], backend="auto")
+    fused_stats = token_logprobs(*c[:3], backend="fused")
+    assert torch.equal(auto.logprobs, fused_stats.logprobs)
+    assert torch.equal(auto.entropy, fused_stats.entropy)
     plain = token_logprobs(*c[:3], backend="tiled")
-    assert (a.logprobs - plain.logprobs).abs().max() <= VALUE
+    assert (auto.logprobs - plain.logprobs).abs().max() <= VALUE
 
 
 def test_no_rows_give_a_differentiable_zero():

@@ -1,0 +1,106 @@
+"""Plug-ins: plain functions that the configuration names; their keyword arguments are options.
+
+A section `{name: …, **options}` names an entry of a table, or `file.py:function`, or
+`package.module:function`. `resolve` returns the function with its options bound.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError, create_model
+
+from rlkl.errors import UserError
+
+GIVEN_BY_THE_LOOP = {"group_size"}  # keyword-only arguments that are not options
+
+
+def resolve(
+    spec: Mapping[str, Any], table: Mapping[str, Callable], key: str = "plug-in"
+) -> functools.partial:
+    """The function that `spec` names, with all its options bound, defaults too.
+
+    key: where the section is in the configuration, for error messages. Raises UserError on an
+    unknown name, an unknown option, and a value of the wrong type.
+    """
+    name = str(spec.get("name"))
+    given = {k: v for k, v in spec.items() if k != "name"}
+    function = table[name] if name in table else from_file(name, table, key)
+    known = {
+        p.name: p
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN_BY_THE_LOOP
+    }
+    if unknown := sorted(set(given) - set(known)):
+        takes = ", ".join(known) or "none"
+        raise UserError(f"{name} has no option {unknown[0]!r}; it takes {takes}")
+    target = function.__init__ if inspect.isclass(function) else function
+    types: dict[str, Any] = {
+        n: (annotation(p, target), ... if p.default is p.empty else p.default)
+        for n, p in known.items()
+    }
+    try:
+        checked = create_model("Options", **types)(**given)
+    except ValidationError as error:
+        mistake = error.errors()[0]
+        option = f"{key}.{'.'.join(map(str, mistake['loc']))}"
+        if mistake["type"] == "missing":
+            raise UserError(f"{name} needs {option}") from error
+        raise UserError(f"{option}={mistake['input']!r}: {mistake['msg'].lower()}") from error
+    return functools.partial(function, **{n: getattr(checked, n) for n in known})
+
+
+def annotation(parameter: inspect.Parameter, function: Callable) -> Any:
+    """The type of an option: its annotation, else the type of its default."""
+    if parameter.annotation is not parameter.empty:
+        kind = parameter.annotation
+        if isinstance(kind, str):
+            return eval(kind, inspect.unwrap(function).__globals__)
+        return kind
+    return Any if parameter.default in (None, parameter.empty) else type(parameter.default)
+
+
+def from_file(name: str, table: Mapping[str, Callable], key: str) -> Callable[..., Any]:
+    """The function of `file.py:function` or `package.module:function`.
+
+    Raises UserError where there is no such file or function, or where loading it fails.
+    """
+    where, colon, attribute = name.rpartition(":")
+    if not colon:
+        raise UserError(f"{key}.name={name!r}: choose {', '.join([*table, 'file.py:function'])}")
+    try:
+        module = load_module(where)
+    except FileNotFoundError as error:
+        raise UserError(f"{key}.name={name!r}: no such file {where}") from error
+    except Exception as error:  # user code may fail in any way while it is loaded
+        line = f" line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        message = f"{key}.name={name!r}: {where}{line}: {type(error).__name__}: {error}"
+        raise UserError(message.splitlines()[0]) from error
+    if not callable(getattr(module, attribute, None)):
+        own = [
+            n
+            for n, x in vars(module).items()
+            if callable(x) and getattr(x, "__module__", None) == module.__name__
+        ]
+        has = ", ".join(own) or "none"
+        raise UserError(f"{key}.name={name!r}: {where} has no function {attribute!r}; it has {has}")
+    return getattr(module, attribute)
+
+
+def load_module(where: str) -> Any:
+    """Import `file.py`, or `package.module`."""
+    if not where.endswith(".py"):
+        return importlib.import_module(where)
+    unique = f"{Path(where).stem}@{Path(where).resolve()}"  # a name that no import can have
+    spec: Any = importlib.util.spec_from_file_location(unique, where)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[unique] = module  # dataclasses look their module up here
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,1 @@
+"""The policy: a Hugging Face causal LM, the critic, LoRA and the optimizer."""

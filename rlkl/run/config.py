@@ -1,0 +1,201 @@
+"""YAML files and `a.b=c` overrides → a validated configuration."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from rlkl.errors import UserError, first_line
+from rlkl.run.schema import PLUGINS, Config
+
+S = TypeVar("S")
+
+RENAMED = {  # what a configuration of version 0.1 may still say → what to write now
+    "model.critic": "critic.kind",
+    "model.checkpointing": "model.gradient_checkpointing",
+    "lora.targets": "lora.target_modules",
+    "lora.full": "lora.modules_to_save",
+    "optim.critic_lr": "critic.lr",
+    "optim.critic_warmup": "critic.warmup",
+    "sampling.unanimous": "sampling.zero_variance (keep, drop or resample)",
+    "sampling.refills": "sampling.resample_rounds",
+    "loss.value_coef": "critic.coef",
+    "loss.value_clip": "critic.clip",
+    "loss.entropy_coef": "entropy.coef",
+    "loss.clip": "loss.epsilon",
+    "loss.clip_high": "loss.epsilon_high",
+    "loss=ppo": "loss=clip with advantage=gae and critic.kind=head (PPO and GRPO share the loss)",
+    "loss=grpo": "loss=clip with advantage=grpo (PPO and GRPO share the loss)",
+    "loss=dual_clip": "loss=clip with loss.delta=3.0",
+}
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number (PyYAML wants 1.0e-3) and a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        if twice := [k for k in keys if keys.count(k) > 1]:
+            problem = f"the key {twice[0]!r} stands twice"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def load(argv: list[str], tree: dict | None = None, schema: type[S] = Config) -> S:
+    """`load(["configs/tiny-ppo.yaml", "loss.epsilon=0.1"])` → Config. Later arguments win.
+
+    tree: what the arguments change; by default the defaults of `schema`. Raises UserError on any
+    mistake.
+    """
+    tree = defaults(schema) if tree is None else tree
+    for arg in argv:
+        path, equals, value = arg.partition("=")
+        part = read_yaml(Path(arg)) if not equals else parse_yaml(value, arg)
+        for key in reversed(path.split(".") if equals else []):
+            part = {key: part}
+        tree = merge(tree, part)
+    return build(tree, schema)
+
+
+def build(tree: dict, schema: type[S] = Config) -> S:
+    """A tree of plain values → Config, or another schema.
+
+    Raises UserError naming the option, the value and the choices.
+    """
+    refuse_old_names(tree)
+    try:
+        return TypeAdapter(schema).validate_python(tree)
+    except ValidationError as error:
+        raise UserError(first_mistake(error, schema)) from error
+
+
+def defaults(schema: type = Config) -> dict:
+    """Config() as a tree of plain values."""
+    return asdict(schema())
+
+
+def read_yaml(path: Path) -> dict:
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file (an override is written key=value)")
+    tree = parse_yaml(path.read_bytes(), str(path)) or {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections of key: value, got {tree!r}")
+    return tree
+
+
+def parse_yaml(text: str | bytes, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise UserError(f"{where}:{place} not YAML: {problem}") from error
+
+
+def refuse_old_names(tree: dict) -> None:
+    """UserError where an option has the name that it had in version 0.1, with its new name."""
+    loss = tree.get("loss")
+    name = str(loss.get("name")) if isinstance(loss, dict) else ""
+    used = [f"loss={name}"]
+    for section, options in tree.items():
+        own_loss = section == "loss" and ":" in name  # a user's own, with options of its own
+        if isinstance(options, dict) and not own_loss:
+            used += [f"{section}.{option}" for option in options]
+    for old in used:
+        if old in RENAMED:
+            raise UserError(f"{old} has a new name: write {RENAMED[old]}")
+
+
+def merge(old: dict, new: Any) -> dict:
+    """Nested update. A plug-in with another name forgets the options of the one before."""
+    if not isinstance(new, dict):
+        raise UserError(f"expected sections of key: value, got {new!r}")
+    merged = dict(old)
+    for key, value in new.items():
+        value = as_section(value) if key in PLUGINS else value
+        before = old.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            named = key in PLUGINS and "name" in before
+            if not named or value.get("name", before["name"]) == before["name"]:
+                value = merge(before, value)
+        merged[key] = value
+    return merged
+
+
+def as_section(value: Any) -> Any:
+    """A plug-in given by its name alone, or a list of plug-ins, as sections {name: …}."""
+    if isinstance(value, list):
+        return [as_section(each) for each in value]
+    return {"name": value} if isinstance(value, str) else value
+
+
+def first_mistake(error: ValidationError, schema: type = Config) -> str:
+    """The first mistake that pydantic found, as one line."""
+    mistake = error.errors()[0]
+    where = ".".join(str(x) for x in mistake["loc"])
+    message = mistake["msg"].removeprefix("Value error, ")
+    if mistake["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        section = schema
+        for key in mistake["loc"][:-1]:
+            section = get_type_hints(section).get(str(key), section)
+        return f"unknown key {where}; there is {', '.join(f.name for f in fields(section))}"
+    if not where:
+        return message
+    return f"{where}={mistake['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def options(
+    tables: Mapping[str, Mapping[str, Callable]], section: type = Config, prefix: str = ""
+) -> list[tuple[str, str, str, str]]:
+    """(key, type, default, description) of every option, for --help.
+
+    tables: the names that a plug-in option may have, by its key.
+    """
+    rows = []
+    hints = get_type_hints(section)
+    for f in fields(section):
+        key = prefix + f.name
+        kind = hints[f.name]
+        if isinstance(kind, type) and is_dataclass(kind):
+            rows += options(tables, kind, f"{key}.")
+            continue
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        value = default["name"] if isinstance(default, dict) else default
+        line = description(section, f.name)
+        if names := tables.get(key):
+            line += f": {', '.join(names)} or file.py:function"
+        rows.append((key, shown_type(kind), str(value), line))
+    return rows
+
+
+def shown_type(kind: Any) -> str:
+    """The type of an option as --help prints it."""
+    text = re.sub(r"typing\.|<class '(\w+)'>", r"\1", str(kind)).replace(
+        "dict[str, Any]", "plug-in"
+    )
+    choices = functools.partial(re.sub, r"'|, ", lambda m: " | " if m[0] == ", " else "")
+    return re.sub(r"Literal\[(.*)\]", lambda m: choices(m[1]), text)
+
+
+def description(section: type, name: str) -> str:
+    """The line under an option in its schema."""
+    for cls in section.__mro__:
+        field = cls.__dict__.get("__pydantic_fields__", {}).get(name)
+        if field and field.description:
+            return field.description
+    return ""

@@ -1,0 +1,178 @@
+"""The run folder: what was run, with which code, and whether it may be continued."""
+
+from __future__ import annotations
+
+import filecmp
+import importlib.metadata
+import json
+import platform
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlkl.errors import UserError
+from rlkl.run import config
+from rlkl.run.log import load_wandb
+from rlkl.run.schema import Config
+
+# Options, or sections, that may change when a run is resumed: its length, its log, its checkpoints.
+MAY_CHANGE = ("optim.steps", "log.", "eval.every", "checkpoint.", "resume", "run")
+
+
+def configure(argv: list[str]) -> Config:
+    """The configuration of a command line of train.py.
+
+    With resume=FOLDER it is that of the run in FOLDER. Raises UserError where the folder of a new
+    run exists, and where an option of a resumed run changes that may not.
+    """
+    folders = [arg.removeprefix("resume=") for arg in argv if arg.startswith("resume=")]
+    cfg = configure_resumed(folders[-1], argv) if folders else config.load(argv)
+    if not folders and cfg.run != "auto":
+        check_new(Path(cfg.run), f"resume={cfg.run} continues it")
+    load_wandb(cfg.log.wandb)  # a missing library is found before a model is loaded
+    return cfg
+
+
+def configure_resumed(folder: str, argv: list[str]) -> Config:
+    """The configuration of the run in `folder`, in which `argv` may change steps and logging."""
+    tree = config.read_yaml(Path(folder) / "config.yaml")
+    try:
+        saved = config.build(tree)
+    except UserError as error:
+        message = f"resume={folder}: its config.yaml is not of this version: {error}"
+        raise UserError(message) from error
+    cfg = config.load(argv, tree)
+    for key, (old, new) in differing(saved, cfg).items():
+        if not key.startswith(MAY_CHANGE):
+            raise UserError(
+                f"resume={folder}: {key} was {old} and is now {new}; only optim.steps, "
+                "eval.every, checkpoint.* and log.* may change"
+            )
+    return cfg
+
+
+def differing(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """{dotted key: its two values} of the options in which two configurations differ.
+
+    A value is None where a configuration has no such key.
+    """
+    a = flat(asdict(one))
+    b = flat(asdict(other))
+    return {key: (a.get(key), b.get(key)) for key in sorted({*a, *b}) if a.get(key) != b.get(key)}
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} → {"a.b": 1}. The items of a list of sections are numbered from 0."""
+    rows = {}
+    for key, value in tree.items():
+        if value and isinstance(value, list) and all(isinstance(x, dict) for x in value):
+            value = dict(enumerate(value))
+        rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return rows
+
+
+def open_folder(cfg: Config, argv: list[str]) -> Path:
+    """The run folder: a new one, or with `resume` the one that exists.
+
+    Raises UserError where a plug-in's file is no longer the one that the run was started with.
+    """
+    if not cfg.resume:
+        name = f"{cfg.task['name']}-{cfg.advantage['name']}".replace("/", "_").replace(":", "-")
+        command = ["python", "train.py", *argv]
+        return make_folder(cfg, name, command, f"resume={cfg.run} continues it")
+    folder = Path(cfg.resume)
+    for file, name in plugin_files(cfg).items():
+        saved = folder / "plugins" / name
+        if not filecmp.cmp(file, saved, shallow=False):
+            raise UserError(
+                f"resume={folder}: {file} differs from {saved}, which the run was started with: "
+                "copy it there if the change is intended"
+            )
+    return folder
+
+
+def make_folder(cfg: Any, name: str, command: list[str], advice: str) -> Path:
+    """Make the folder `cfg.run`, or runs/NAME-1, runs/NAME-2, … where that is auto.
+
+    It gets config.yaml, provenance.json (the command and the versions) and the plug-ins' files.
+    Raises UserError where it cannot be written, and, with `advice`, where it exists.
+    """
+    folder = numbered(Path("runs") / name) if cfg.run == "auto" else Path(cfg.run)
+    plugins = plugin_files(cfg)
+    check_new(folder, advice)
+    tree = json.loads(json.dumps(asdict(cfg)))  # tuples become lists
+    try:
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "plugins").mkdir()
+        versions = json.dumps(provenance(" ".join(command)), indent=1)
+        (folder / "provenance.json").write_text(versions, encoding="utf-8")
+        for file, saved_as in plugins.items():
+            shutil.copy(file, folder / "plugins" / saved_as)
+        # Written last: a folder with a config.yaml can be resumed.
+        text = yaml.safe_dump(tree, sort_keys=False)
+        (folder / "config.yaml").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"run={folder}: cannot be written: {error.strerror}") from error
+    return folder
+
+
+def check_new(folder: Path, advice: str) -> None:
+    """UserError with `advice` where the folder exists."""
+    if folder.exists():
+        raise UserError(f"run={folder}: the folder exists; a run is never overwritten: {advice}")
+
+
+def plugin_files(cfg: Any) -> dict[Path, str]:
+    """{file: its name in the run folder} of every `file.py:function` in the configuration.
+
+    That is the file's own name, or its path with underscores where two files have the same name.
+    """
+    values = flat(asdict(cfg)).values()
+    matches = [re.fullmatch(r"(\S+\.py):\w+", str(value)) for value in values]
+    files = dict.fromkeys(Path(match[1]) for match in matches if match)
+    names = Counter(file.name for file in files)
+    saved_as = {}
+    for file in files:
+        unique = names[file.name] == 1
+        saved_as[file] = file.name if unique else "_".join(file.parts).lstrip("/_")
+    return saved_as
+
+
+def numbered(stem: Path, suffix: str = "") -> Path:
+    """The first of stem-1, stem-2, … that does not exist, each with the suffix."""
+    paths = (stem.with_name(f"{stem.name}-{number}{suffix}") for number in count(1))
+    return next(path for path in paths if not path.exists())
+
+
+def provenance(command: str) -> dict:
+    """The command, the versions, the git revision and whether its tree was clean.
+
+    The last two are None outside a git checkout.
+    """
+    libraries = ("torch", "transformers", "numpy")
+    changes = git("status", "--porcelain")
+    return {
+        "command": command,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in libraries},
+        "platform": platform.platform(),
+        "git": git("rev-parse", "HEAD"),
+        "clean": None if changes is None else not changes,
+    }
+
+
+def git(*args: str) -> str | None:
+    """The output of a git command in this checkout; None without git, or outside a checkout."""
+    command = ["git", "-C", Path(__file__).parent, *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

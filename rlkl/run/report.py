@@ -1,0 +1,258 @@
+"""Pages and figures about finished runs, one or several, made from the files in their folders.
+
+The figures need matplotlib, which is imported only where one is drawn. Without it the pages are
+written all the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rlkl.run import reward_hacking
+from rlkl.run.terminal import note
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PANELS = {  # title → the metrics drawn in it
+    "reward and held-out accuracy": ("reward", "eval/accuracy"),
+    "KL per token, nats": ("kl_pi_ref_token", "kl_old_pi"),
+    "entropy, nats": ("entropy",),
+    "response length, tokens": ("response_length",),
+}
+TABLE = (  # the metrics of which the page shows the first and the last step
+    "reward",
+    "frac_reward_zero_std",
+    "response_length",
+    "truncated_fraction",
+    "entropy",
+    "clip_fraction",
+    "ratio_max",
+    "kl_pi_ref_token",
+    "kl_pi_ref_sequence",
+    "ref_logprob",
+    "distinct_2",
+    "kl_old_pi",
+    "sampler_gap",
+    "explained_variance",
+    "grad_norm/policy",
+    "grad_norm/critic",
+    "tokens_per_second",
+)
+COMPARED = {  # metric → title; each is a row of panels
+    "reward": "reward",
+    "eval/accuracy": "held-out accuracy",
+}
+FIRST_SAMPLES, LAST_SAMPLES = 4, 8  # samples that the page shows
+
+
+class RunSummary(NamedTuple):
+    """A run, as `rlkl report` compares it with others."""
+
+    name: str
+    options: dict[str, Any]  # by dotted key
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+    before: dict[str, float]  # held out; empty where it is not known
+    after: dict[str, float]  # held out; empty before the end
+    best: tuple[float, int] | None  # the best held-out accuracy, and its step
+
+
+# ------------------------------------------------------------------ one run
+
+
+def write(
+    folder: Path, rows: list[dict], before: dict[str, float], after: dict[str, float]
+) -> None:
+    """Write report.md, metrics.png and heldout.json into the run folder."""
+    heldout = json.dumps({"before": before, "after": after}, indent=1)
+    (folder / "heldout.json").write_text(heldout, encoding="utf-8")
+    figure = draw(rows)
+    if figure is not None:
+        figure.savefig(folder / "metrics.png", dpi=110)
+    page = run_page(folder, rows, before, after, has_figure=figure is not None)
+    (folder / "report.md").write_text("\n".join(page), encoding="utf-8")
+
+
+def run_page(
+    folder: Path,
+    rows: list[dict],
+    before: dict[str, float],
+    after: dict[str, float],
+    *,
+    has_figure: bool,
+) -> list[str]:
+    """The lines of report.md."""
+    command = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["command"]
+    seconds = sum(row["seconds"] for row in rows)
+    episodes = reward_hacking.episodes(rows, before)
+    heldout = [[name, f"{before[name]:.3f}", f"{after[name]:.3f}"] for name in after]
+    first, last = rows[0], rows[-1]
+    metrics = [
+        [name, f"{first[name]:.4g}", f"{last[name]:.4g}"]
+        for name in TABLE
+        if name in first and name in last
+    ]
+    samples = [row["sample"] | {"step": row["step"]} for row in rows if "sample" in row]
+    samples = samples[:FIRST_SAMPLES] + samples[FIRST_SAMPLES:][-LAST_SAMPLES:]
+    return [
+        f"# {folder.name}",
+        "",
+        f"    {command}",
+        "",
+        f"{len(rows)} steps, {seconds:.0f} s.",
+        *(f"\n**Reward hacking?** {episode}" for episode in episodes),
+        "",
+        *table(["held out", "before", "after"], heldout),
+        *(["![metrics](metrics.png)", ""] if has_figure else []),
+        *table(["metric", "first step", "last step"], metrics),
+        *table(["step", "prompt", "response", "score"], map(sample_row, samples)),
+    ]
+
+
+def sample_row(sample: dict) -> list[str]:
+    """Step, prompt, response and score: the cells of one row."""
+    texts = (str(sample[name]).replace("\n", " ")[:200] for name in ("prompt", "response"))
+    return [str(sample["step"]), *(f"`{text}`" for text in texts), f"{sample['score']:.3g}"]
+
+
+# ------------------------------------------------------------------ several runs
+
+
+def compare(folder: Path, runs: Sequence[RunSummary]) -> list[Path]:
+    """Write report-compare.md, and with matplotlib report-compare.png. Returns what was written."""
+    page_path, figure_path = folder / "report-compare.md", folder / "report-compare.png"
+    figure = draw_comparison(runs)
+    if figure is not None:
+        figure.savefig(figure_path, dpi=110)
+    head, *body = comparison(runs)
+    page = [
+        f"# {' and '.join(run.name for run in runs)}",
+        "",
+        *table(head, body),
+        *(["![runs](report-compare.png)", ""] if figure is not None else []),
+    ]
+    page_path.write_text("\n".join(page), encoding="utf-8")
+    return [page_path] if figure is None else [page_path, figure_path]
+
+
+def comparison(runs: Sequence[RunSummary]) -> list[list[str]]:
+    """The cells of a table with a column for each run: the options that differ, and the results."""
+    lines = [["", *(run.name for run in runs)], *differing_options(runs)]
+
+    def add(name: str, cells: Iterable[str]) -> None:
+        lines.append([name, *cells])
+
+    add("steps", (f"{run.rows[-1]['step']} of {run.options['optim.steps']}" for run in runs))
+    for name in dict.fromkeys(name for run in runs for name in {**run.before, **run.after}):
+        changes = (f"{cell(run.before, name)} → {cell(run.after, name)}" for run in runs)
+        add(f"held out: {name}", changes)
+    best = (f"{run.best[0]:.3f} at step {run.best[1]}" if run.best else "-" for run in runs)
+    add("held out: best accuracy", best)
+    rewards = (f"{r.rows[0]['reward']:.3f} → {r.rows[-1]['reward']:.3f}" for r in runs)
+    add("reward, first → last step", rewards)
+    seconds = [sum(row["seconds"] for row in run.rows) for run in runs]
+    tokens = [sum(row["tokens"] for row in run.rows) for run in runs]
+    add("seconds in steps", (f"{s:.1f}" for s in seconds))
+    add("tokens a second", (f"{n / s:.0f}" for n, s in zip(tokens, seconds, strict=True)))
+    peaks = (max(row["peak_memory_gb"] for row in run.rows) for run in runs)
+    add("peak memory, GB", (f"{peak:.2f}" for peak in peaks))
+    return lines
+
+
+def differing_options(runs: Sequence[RunSummary]) -> list[list[str]]:
+    """The option and its value in each run, where these are not all equal."""
+    lines = []
+    for key in dict.fromkeys(key for run in runs for key in run.options):
+        values = [run.options.get(key) for run in runs]
+        if any(value != values[0] for value in values):
+            lines.append([key, *("-" if value is None else str(value) for value in values)])
+    return lines
+
+
+def cell(numbers: dict[str, float], name: str) -> str:
+    return f"{numbers[name]:.3f}" if name in numbers else "-"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table, and an empty line after it."""
+    lines = [head, ["---"] * len(head)]
+    lines += [[text.replace("|", "\\|") for text in row] for row in rows]
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+# ------------------------------------------------------------------ figures
+
+
+def new_figure() -> Figure | None:
+    """An empty figure; None without matplotlib, with a note that says how to install it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        note("there is no figure, as matplotlib is not installed: pip install 'rlkl[plots]'")
+        return None
+    return Figure(figsize=(10, 6), layout="constrained")
+
+
+def draw(rows: list[dict]) -> Figure | None:
+    """Four small panels of metrics over the steps of a run. None without matplotlib."""
+    figure = new_figure()
+    if figure is None:
+        return None
+    for axes, (title, names) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
+        lines = {name: [(row["step"], row[name]) for row in rows if name in row] for name in names}
+        draw_panel(axes, title, "step", lines)
+    return figure
+
+
+def draw_comparison(runs: Sequence[RunSummary]) -> Figure | None:
+    """Reward and held-out accuracy, a line for each run, over steps and over the seconds in them.
+
+    None without matplotlib.
+    """
+    figure = new_figure()
+    if figure is None:
+        return None
+    rows_of_panels = zip(figure.subplots(2, 2), COMPARED.items(), strict=True)
+    for (over_steps, over_seconds), (metric, title) in rows_of_panels:
+        curves = {run.name: curve(run, metric) for run in runs}
+        by_step = {name: [(p[0], p[2]) for p in points] for name, points in curves.items()}
+        by_seconds = {name: [(p[1], p[2]) for p in points] for name, points in curves.items()}
+        draw_panel(over_steps, title, "step", by_step)
+        draw_panel(over_seconds, title, "seconds in steps", by_seconds)
+    return figure
+
+
+def curve(run: RunSummary, metric: str) -> list[tuple[int, float, float]]:
+    """(step, seconds in steps until then, value) of each row that has the metric.
+
+    A held-out metric also has the values measured before the first and after the last step.
+    """
+    elapsed = accumulate(row["seconds"] for row in run.rows)
+    seconds = {0: 0.0} | {row["step"]: s for row, s in zip(run.rows, elapsed, strict=True)}
+    values = {row["step"]: row[metric] for row in run.rows if metric in row}
+    heldout = {0: run.before, run.rows[-1]["step"]: run.after}
+    for step, numbers in heldout.items():
+        for name, x in numbers.items():
+            if f"eval/{name}" == metric:
+                values[step] = x
+    return [(step, seconds[step], values[step]) for step in sorted(values)]
+
+
+def draw_panel(
+    axes: Axes, title: str, x_label: str, lines: Mapping[str, Sequence[tuple[float, float]]]
+) -> None:
+    """One line for each name, with a mark on each point where they are few."""
+    for label, points in lines.items():
+        if points:
+            marker = "o" if len(points) < 30 else None
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=4)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x_label, fontsize=8)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize=8)

@@ -1,0 +1,1 @@
+"""Supervised learning: SFT, reward models, DPO, and the tiny base model of the examples."""
