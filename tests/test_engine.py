@@ -164,6 +164,13 @@ def test_with_a_sync_at_every_step_no_slot_works_in_vain(monkeypatch, prefill_to
     assert batch.steps < tokens / 6 + MAX_TOKENS
 
 
+def test_no_step_is_done_after_the_longest_response_must_have_ended():
+    """Also where the host looks at the slots in intervals that do not divide its length."""
+    batch = continuous_batch(shared_policy("llama"), sampling_params(eos_ids=()), slots=36)
+    decode(batch, sync_every=7)
+    assert batch.steps == MAX_TOKENS
+
+
 def test_an_idle_slot_stays_at_position_zero():
     """If it moved on, a step would read more keys than the limit it was given."""
     batch = continuous_batch(shared_policy("llama"), sampling_params(), slots=6)
