@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rlkl.losses.clip import importance_ratio
+from rlkl.losses.clip import clamped_exp, importance_ratio
 from rlkl.types import Batch, PolicyOutput
 
 # ------------------------------------------------------------------ estimators: KL as a number
@@ -83,7 +83,7 @@ def wk3_token(new: PolicyOutput, batch: Batch) -> Tensor:
 
     DeepSeek-V3.2, arXiv:2512.02556.
     """
-    return (new.logprobs - batch.old_logprobs).clamp(-20, 20).exp() * ref_k3(new, batch)
+    return importance_ratio(new.logprobs, batch.old_logprobs) * ref_k3(new, batch)
 
 
 def wk2_token(new: PolicyOutput, batch: Batch) -> Tensor:
@@ -91,7 +91,7 @@ def wk2_token(new: PolicyOutput, batch: Batch) -> Tensor:
 
     Included only so that the configuration check can name it.
     """
-    return (new.logprobs - batch.old_logprobs).clamp(-20, 20).exp() * ref_k2(new, batch)
+    return importance_ratio(new.logprobs, batch.old_logprobs) * ref_k2(new, batch)
 
 
 def wk3_prefix(new: PolicyOutput, batch: Batch) -> Tensor:
@@ -101,7 +101,7 @@ def wk3_prefix(new: PolicyOutput, batch: Batch) -> Tensor:
     of the product.
     """
     log_ratio = (new.logprobs - batch.old_logprobs).masked_fill(~batch.mask, 0.0)
-    return log_ratio.cumsum(1).clamp(-20, 20).exp() * ref_k3(new, batch)
+    return clamped_exp(log_ratio.cumsum(1)) * ref_k3(new, batch)
 
 
 def k2_sequence(new: PolicyOutput, batch: Batch) -> Tensor:
@@ -131,7 +131,7 @@ def rao_blackwell(new: PolicyOutput, batch: Batch) -> Tensor:
     2025, arXiv:2504.10637).
     """
     log_ratio = (new.logprobs - batch.old_logprobs).masked_fill(~batch.mask, 0.0)
-    return (log_ratio.cumsum(1) - log_ratio).clamp(-20, 20).exp() * new.kl_pi_ref
+    return clamped_exp(log_ratio.cumsum(1) - log_ratio) * new.kl_pi_ref
 
 
 KL_LOSSES = {  # kl_ref.place = loss

@@ -6,7 +6,8 @@ comes from torch's global generator, which is seeded at each step.
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,40 +21,19 @@ def shuffled(advantages: Tensor, mask: Tensor) -> Tensor:
     return advantages[order].masked_fill(~mask, 0.0)
 
 
+@functools.wraps(estimators.grpo)  # and so with its options
 def grpo(
-    rewards: Tensor,
-    values: Tensor | None,
-    mask: Tensor,
-    *,
-    group_size: int,
-    scale: Literal["group", "batch"] = "group",
+    rewards: Tensor, values: Tensor | None, mask: Tensor, **options: Any
 ) -> estimators.Advantages:
     """The one number of each response goes to another response, on all of that one's tokens."""
-    advantages, returns = estimators.grpo(rewards, values, mask, group_size=group_size, scale=scale)
+    advantages, returns = estimators.grpo(rewards, values, mask, **options)
     first = mask.long().argmax(1, keepdim=True)  # any token would do: they have the same advantage
     per_row = advantages.gather(1, first)
     return shuffled(per_row.expand(mask.shape), mask), returns
 
 
-def gae(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    *,
-    group_size: int = 1,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-    lam_critic: float | None = None,
-    lam_alpha: float = 0.0,
-    whiten: bool = True,
-) -> estimators.Advantages:
+@functools.wraps(estimators.gae)
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, **options: Any) -> estimators.Advantages:
     """Token by token; the critic keeps its own targets."""
-    options = {
-        "gamma": gamma,
-        "lam": lam,
-        "lam_critic": lam_critic,
-        "lam_alpha": lam_alpha,
-        "whiten": whiten,
-    }
-    advantages, returns = estimators.gae(rewards, values, mask, group_size=group_size, **options)
+    advantages, returns = estimators.gae(rewards, values, mask, **options)
     return shuffled(advantages, mask), returns

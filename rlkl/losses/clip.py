@@ -38,7 +38,12 @@ LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8: far outside any trust region, and still
 
 def importance_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     """(B, T) w = pi / pi_old of each token, its logarithm clamped to ±20."""
-    return (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    return clamped_exp(logprobs - old_logprobs)
+
+
+def clamped_exp(log_ratio: Tensor) -> Tensor:
+    """exp(log_ratio), the log-ratio clamped to ±20. Outside the clamp it has no gradient."""
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
 def clip(

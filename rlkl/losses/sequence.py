@@ -12,7 +12,14 @@ import math
 import torch
 from torch import Tensor
 
-from rlkl.losses.clip import Loss, clipped_surrogate, clipped_tokens, importance_ratio
+from rlkl.losses.clip import (
+    LOG_RATIO_LIMIT,
+    Loss,
+    clamped_exp,
+    clipped_surrogate,
+    clipped_tokens,
+    importance_ratio,
+)
 from rlkl.types import Batch, PolicyOutput
 
 MIN_RATIO = 1e-8  # of VESPO's W: its logarithm stays finite
@@ -28,7 +35,7 @@ def gspo(
     mean of log-ratios is that small. The paper has optim.weights=sequence.
     """
     mean = _row_mean(new.logprobs.detach() - batch.old_logprobs, batch.mask)
-    ratio = mean.clamp(-20, 20).exp() * (new.logprobs - new.logprobs.detach()).exp()
+    ratio = clamped_exp(mean) * (new.logprobs - new.logprobs.detach()).exp()
     loss = clipped_surrogate(ratio, batch.advantages, epsilon, epsilon_high)
     clip_fraction = clipped_tokens(ratio, batch.advantages, epsilon, epsilon_high)
     return loss, {"ratio": ratio, "clip_fraction": clip_fraction}
@@ -48,7 +55,7 @@ def gmpo(
     clipped = torch.where(
         advantages > 0, log_ratio.clamp(max=epsilon_high), log_ratio.clamp(min=-epsilon)
     )
-    ratio = _row_mean(clipped, batch.mask).clamp(-20, 20).exp().expand_as(clipped)
+    ratio = clamped_exp(_row_mean(clipped, batch.mask)).expand_as(clipped)
     clip_fraction = (clipped != log_ratio).to(clipped.dtype)
     return -advantages * ratio, {"ratio": ratio, "clip_fraction": clip_fraction}
 
@@ -60,7 +67,7 @@ def topr(new: PolicyOutput, batch: Batch) -> Loss:
     their weight as pi moves away from them. The paper has optim.weights=constant.
     """
     log_ratio = _row_sum(new.logprobs.detach() - batch.old_logprobs, batch.mask)
-    taper = torch.where(batch.advantages < 0, log_ratio.clamp(-20, 0).exp(), 1.0)
+    taper = torch.where(batch.advantages < 0, log_ratio.clamp(-LOG_RATIO_LIMIT, 0).exp(), 1.0)
     loss = -taper * batch.advantages * new.logprobs
     return loss, {"ratio": importance_ratio(new.logprobs, batch.old_logprobs)}
 
@@ -79,8 +86,10 @@ def vespo(
     A soft weight of the whole response: 1 where pi = pi_old, small where W is far from 1 on either
     side. `k_negative` and `lam_negative` hold where A < 0. The paper has optim.weights=token.
     """
-    log_ratio = (new.logprobs.detach() - batch.old_logprobs).clamp(-20, 20)
-    log_ratio = _row_sum(log_ratio, batch.mask).clamp(math.log(MIN_RATIO), 20)
+    log_ratio = (new.logprobs.detach() - batch.old_logprobs).clamp(
+        -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT
+    )
+    log_ratio = _row_sum(log_ratio, batch.mask).clamp(math.log(MIN_RATIO), LOG_RATIO_LIMIT)
     negative = batch.advantages < 0
     power = torch.where(negative, k_negative, torch.full_like(batch.advantages, k))
     rate = torch.where(negative, lam_negative, torch.full_like(batch.advantages, lam))

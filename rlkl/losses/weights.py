@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlkl.losses.clip import clamped_exp
 from rlkl.types import Batch
 
 
@@ -74,4 +75,4 @@ def _sampler_ratio(batch: Batch, level: str) -> Tensor:
         log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
     if level == "mean":
         log_ratio = log_ratio / batch.mask.sum(1, keepdim=True).clamp_min(1)
-    return log_ratio.clamp(-20, 20).exp()
+    return clamped_exp(log_ratio)
