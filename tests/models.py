@@ -84,6 +84,11 @@ CONFIGS = {
     "smollm3": (SmolLM3Config, COMMON | {"no_rope_layers": [1, 0]}),  # a layer without positions
     "gpt_neox": (GPTNeoXConfig, COMMON),  # parallel residual, biases
 }
+ARCHITECTURES = list(CONFIGS)
+# What the engine serves. It leaves gemma2, whose attention scores are soft-capped, to `cached`.
+SERVED = [name for name in ARCHITECTURES if name != "gemma2"]
+# In float64 transformers' eager attention gives nan for gemma2 with left padding.
+FLOAT64 = SERVED
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [4]]
 
 

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from models import EOS, ROWS, VOCAB, prompts, sampling_params, tiny_policy, uniforms
+from models import EOS, ROWS, SERVED, VOCAB, prompts, sampling_params, tiny_policy, uniforms
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3NextConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -29,23 +29,6 @@ from rlkl.rollout.slots import (
 from rlkl.types import Batch, SamplingParams
 
 module = importlib.import_module("rlkl.rollout.engine")
-SERVED = [
-    "llama",
-    "tied",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "granite",
-    "gpt2",
-    "cohere",
-    "phi",
-    "mistral",
-    "gemma3",
-    "phi3",
-    "olmo2",
-    "smollm3",
-    "gpt_neox",
-]
 MAX_TOKENS = 24  # of a response: longer than every window, and slots are filled several times
 shared_policy = functools.cache(tiny_policy)  # for tests that do not change the policy
 

@@ -10,7 +10,16 @@ import peft
 import pytest
 import torch
 import transformers
-from models import CONFIGS, VOCAB, causal_lm, forced, prompts, ragged, sampling_params, uniforms
+from models import (
+    ARCHITECTURES,
+    VOCAB,
+    causal_lm,
+    forced,
+    prompts,
+    ragged,
+    sampling_params,
+    uniforms,
+)
 from packaging.version import Version
 from runs_fixture import PPO, arguments, differences, make_base, resume, rows, run
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,7 +40,6 @@ from rlkl.types import Batch, Head
 
 pytest_plugins = ("runs_fixture",)
 
-NAMES = list(CONFIGS)
 # Plain; transposed weights and learned positions; tied and scaled; biases.
 SOME = ["llama", "gpt2", "gemma", "phi"]
 LORA = ("lora.r=4", "lora.alpha=8")
@@ -66,7 +74,8 @@ def trainable(policy) -> dict[str, torch.nn.Parameter]:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [(n, torch.float32) for n in NAMES] + [(n, torch.bfloat16) for n in SOME]
+    ("name", "dtype"),
+    [(n, torch.float32) for n in ARCHITECTURES] + [(n, torch.bfloat16) for n in SOME],
 )
 def test_a_fresh_adapter_changes_no_bit_and_every_kl_to_the_reference_is_exactly_zero(name, dtype):
     policy, batch = adapted(name, dtype, trained=False), forced(ragged(), 0.7)
@@ -81,7 +90,7 @@ def test_a_fresh_adapter_changes_no_bit_and_every_kl_to_the_reference_is_exactly
 
 
 @pytest.mark.parametrize("with_norm", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_trained_adapter_changes_the_policy_and_not_the_reference(name, with_norm):
     norms = {"gpt2": "ln_f", "phi": "final_layernorm", "gpt_neox": "final_layer_norm"}
     modules_to_save = [norms.get(name, "model.norm")] if with_norm else []

@@ -7,7 +7,18 @@ import re
 import pytest
 import torch
 from memory_meter import MemoryMeter
-from models import CONFIGS, VOCAB, causal_lm, forced, prompts, ragged, sampling_params, uniforms
+from models import (
+    ARCHITECTURES,
+    CONFIGS,
+    FLOAT64,
+    VOCAB,
+    causal_lm,
+    forced,
+    prompts,
+    ragged,
+    sampling_params,
+    uniforms,
+)
 from runs_fixture import PPO, arguments, differences, resume, run
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -59,8 +70,7 @@ def policy_of(name, dtype=torch.float32, adapter=False, critic="none") -> Policy
 # ---------------------------------------------------------------- gradient checkpointing
 
 
-# In float64 transformers' eager attention gives nan for gemma2 with left padding.
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "gemma2"])
+@pytest.mark.parametrize("name", FLOAT64)
 @with_and_without_lora
 def test_checkpointing_changes_neither_a_gradient_nor_a_sample(name, adapter):
     """Not even for gpt2, whose dropout would be on with transformers' own checkpointing."""
@@ -242,7 +252,7 @@ def saved_for_backward(policy: Policy, batch: Batch) -> int:
 
 
 @with_and_without_lora
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_activations_are_planned_as_they_are_kept(name, adapter):
     """Within 3 %, or two hidden states where little is kept.
 

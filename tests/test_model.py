@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import COMMON, CONFIGS, VOCAB, causal_lm, forced, ragged, tiny_policy
+from models import ARCHITECTURES, COMMON, VOCAB, causal_lm, forced, ragged, tiny_policy
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -16,7 +16,6 @@ from rlkl.rollout.sampling import decode, encode, left_pad
 from rlkl.supervised.tiny import character_tokenizer
 from rlkl.types import Batch, PolicyOutput
 
-NAMES = list(CONFIGS)
 ROWS = ragged()
 each_critic = pytest.mark.parametrize("critic", ["head", "network"])
 each_critic_kind = pytest.mark.parametrize("critic", ["none", "head", "network"])
@@ -46,7 +45,7 @@ def assert_close(a: PolicyOutput, b: PolicyOutput, atol: float = 1e-12) -> None:
 # ---------------------------------------------------------------- the model's own logits
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_forward_gives_the_models_own_logprobs_of_each_row_without_padding(name):
     policy = tiny_policy(name)
     for temperature in (1.0, 0.7):
@@ -122,7 +121,7 @@ def test_no_output_depends_on_padding_or_its_content_or_other_rows(name, critic)
         assert_close(alone, cut(PolicyOutput(*(x[[i]] for x in expected)), len(row[1])))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_output_is_zero_outside_the_mask(name):
     policy, reference = tiny_policy(name, critic="head"), tiny_policy(name, seed=1)
     batch = forced(ROWS, extra=(0, 3))
@@ -362,7 +361,7 @@ def test_reference_of_is_a_frozen_copy_that_shares_nothing(name, critic):
 # ---------------------------------------------------------------- which models are supported
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_check_reproduced_accepts_what_we_support(name):
     # In float64 transformers' eager attention gives nan for gemma2 with left padding.
     for dtype in (torch.float32, torch.float64) if name != "gemma2" else (torch.float32,):

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import (
+    ARCHITECTURES,
     EOS,
+    FLOAT64,
     PROMPTS,
     ROWS,
     VOCAB,
@@ -24,26 +26,6 @@ from rlkl.rollout import SAMPLERS, cached, naive, pick
 from rlkl.rollout.sampling import decode, draw_uniforms, generate
 from rlkl.types import Batch, Example, SamplingParams
 
-ARCHITECTURES = [
-    "llama",
-    "tied",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "granite",
-    "gpt2",
-    "cohere",
-    "phi",
-    "mistral",
-    "gemma3",
-    "phi3",
-    "olmo2",
-    "smollm3",
-    "gpt_neox",
-]
-# In float64 transformers' eager attention gives NaN for gemma2 with left padding.
-FLOAT64 = [name for name in ARCHITECTURES if name != "gemma2"]
 LAST = math.nextafter(1.0, 0.0)  # the last float below 1
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 shared_policy = functools.cache(tiny_policy)  # for tests that do not change the policy

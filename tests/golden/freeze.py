@@ -174,88 +174,84 @@ def verl(data: dict) -> dict:
 
 def trl(data: dict) -> dict:
     """GRPO's and RLOO's losses and advantages, log-probs with their gradients, and all of PPO."""
-    ppo, rloo, heads = data["ppo"], data["rloo"], data["logprob"]
-    chunked = heads["chunked_lm_head"]
-    default = data["meta"]["config_defaults"]
+    ppo = data["ppo"]
     return {
-        "defaults": default,
+        "defaults": data["meta"]["config_defaults"],
         "batches": {n: keys(b, *TRL_BATCH) for n, b in data["batches"].items()},
-        "losses": [
-            keys(
-                c,
-                "id",
-                "batch",
-                "loss",
-                "grad_logps",
-                "grad_entropies",
-                "importance_sampling_ratio",
-            )
-            | {"config": {k: v for k, v in c["config"].items() if v != default[k]}}
-            | metrics(c, TRL_METRICS)
-            for c in data["grpo_loss_cases"]
-        ],
+        "losses": trl_grpo_losses(data),
         "advantages": [
             keys(c, "id", "rewards_per_func", "advantages_f32")
             | metrics(c, TRL_METRICS)
             | {"config": without(c["config"], *SAME_FOR_ALL)}
             for c in data["grpo_advantage_cases"]
         ],
-        "rloo": keys(
-            rloo,
-            "advantage_rewards",
-            "advantage_logps_f32",
-            "advantage_ref_logps_f32",
-            "advantage_lens",
-        )
-        | {
-            "losses": [
-                keys(c, "batch", "config", "loss", "grad_logps") | metrics(c, TRL_METRICS)
-                for c in rloo["loss_cases"]
-                if c["batch"] in data["batches"]
-            ],
-            "advantages": [
-                keys(c, "config", "advantages_f32") | metrics(c, TRL_METRICS)
-                for c in rloo["advantage_cases"]
-            ],
-        },
-        "logprob": keys(heads, "logits", "index", "row_mask", "upstream_logp", "upstream_entropy")
-        | {"cases": [without(c, "selective_log_softmax") for c in heads["cases"]]},
-        "heads": rounded(
-            keys(
-                chunked,
-                "hidden_f32",
-                "weight_f32",
-                "bias_f32",
-                "targets",
-                "upstream_logp",
-                "upstream_entropy",
-                "cases",
-            ),
-            9,
-        ),
-        "ppo": ppo["loss_inputs"]
-        | keys(ppo["inputs"], "new_logprobs", "vpred")
-        | {
-            "cases": [
-                keys(
-                    c,
-                    "config",
-                    "pg_loss",
-                    "vf_loss",
-                    "loss",
-                    "pg_clipfrac",
-                    "grad_new_logprobs",
-                    "grad_vpred",
-                )
-                for c in ppo["loss_cases"]
-            ]
-        },
+        "rloo": trl_rloo(data),
+        **trl_logprobs(data["logprob"]),
+        "ppo": trl_ppo_losses(ppo),
         "gae": keys(ppo["inputs"], "logprobs", "ref_logprobs", "scores")
         | {"cases": [without(c, "non_score_reward") for c in ppo["gae_cases"]]},
         "whitened": keys(
             ppo["helpers"], "values", "mask", "masked_whiten", "masked_whiten_keep_mean"
         ),
     }
+
+
+def trl_grpo_losses(data: dict) -> list[dict]:
+    names = ("id", "batch", "loss", "grad_logps", "grad_entropies", "importance_sampling_ratio")
+    default = data["meta"]["config_defaults"]
+    return [
+        keys(c, *names)
+        | {"config": {k: v for k, v in c["config"].items() if v != default[k]}}
+        | metrics(c, TRL_METRICS)
+        for c in data["grpo_loss_cases"]
+    ]
+
+
+def trl_rloo(data: dict) -> dict:
+    rloo = data["rloo"]
+    inputs = keys(
+        rloo,
+        "advantage_rewards",
+        "advantage_logps_f32",
+        "advantage_ref_logps_f32",
+        "advantage_lens",
+    )
+    return inputs | {
+        "losses": [
+            keys(c, "batch", "config", "loss", "grad_logps") | metrics(c, TRL_METRICS)
+            for c in rloo["loss_cases"]
+            if c["batch"] in data["batches"]
+        ],
+        "advantages": [
+            keys(c, "config", "advantages_f32") | metrics(c, TRL_METRICS)
+            for c in rloo["advantage_cases"]
+        ],
+    }
+
+
+def trl_logprobs(heads: dict) -> dict:
+    """From logits, and from hidden states and an unembedding."""
+    chunked = keys(
+        heads["chunked_lm_head"],
+        "hidden_f32",
+        "weight_f32",
+        "bias_f32",
+        "targets",
+        "upstream_logp",
+        "upstream_entropy",
+        "cases",
+    )
+    return {
+        "logprob": keys(heads, "logits", "index", "row_mask", "upstream_logp", "upstream_entropy")
+        | {"cases": [without(c, "selective_log_softmax") for c in heads["cases"]]},
+        "heads": rounded(chunked, 9),
+    }
+
+
+def trl_ppo_losses(ppo: dict) -> dict:
+    names = ("config", "pg_loss", "vf_loss", "loss", "pg_clipfrac", "grad_new_logprobs")
+    inputs = ppo["loss_inputs"] | keys(ppo["inputs"], "new_logprobs", "vpred")
+    return inputs | {"cases": [keys(c, *names, "grad_vpred") for c in ppo["loss_cases"]]}
 
 
 def nemo(data: dict) -> dict:

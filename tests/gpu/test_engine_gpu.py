@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from models import ROWS, VOCAB, sampling_params, tiny_policy, uniforms
+from models import ROWS, SERVED, VOCAB, sampling_params, tiny_policy, uniforms
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from rlkl.policy.policy import Policy
@@ -21,19 +21,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 module = importlib.import_module("rlkl.rollout.engine")
-MODELS = [
-    "llama",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "mistral",
-    "gemma3",
-    "phi3",
-    "olmo2",
-    "smollm3",
-    "gpt_neox",
-    "gpt2",
-]
 
 
 def draw(rows: int = 72, columns: int = 24) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -44,7 +31,7 @@ def draw(rows: int = 72, columns: int = 24) -> tuple[torch.Tensor, torch.Tensor,
     return ids.cuda(), mask.cuda(), uniforms(rows, columns, 3).cuda()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SERVED)
 def test_a_replayed_graph_gives_the_tokens_of_the_eager_step_and_of_naive(name):
     """In float64, where rounding cannot change a token."""
     policy, inputs = tiny_policy(name, torch.float64).cuda(), draw()
@@ -68,7 +55,7 @@ def test_a_step_is_recorded_once_for_each_batch_size(monkeypatch):
     assert sizes == [n for size in sorted(set(sizes), reverse=True) for n in (size, size)]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SERVED)
 def test_bf16_gives_the_scorers_logprobs(name):
     policy, inputs = tiny_policy(name, torch.bfloat16).cuda(), draw()
     for graphs in (True, False):

@@ -5,7 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import causal_lm, forced, prompts, ragged, sampling_params, tiny_policy, uniforms
+from models import (
+    ARCHITECTURES,
+    causal_lm,
+    forced,
+    prompts,
+    ragged,
+    sampling_params,
+    tiny_policy,
+    uniforms,
+)
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -22,18 +31,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-MODELS = [
-    "llama",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "granite",
-    "gpt2",
-    "cohere",
-    "phi",
-    "mistral",
-]
 ROWS = ragged()
 
 
@@ -49,7 +46,7 @@ def cuda(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_bf16_scoring_pass_gives_the_samplers_logprobs(name, temperature):
     """Kernels of other shapes round bf16 states differently.
 
@@ -91,7 +88,7 @@ def test_bf16_kl_to_a_fresh_reference_is_exactly_zero():
 # ---------------------------------------------------------------- float32: cuda = cpu
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_float32_on_cuda_is_float32_on_the_cpu(name):
     policy, reference = tiny_policy(name, critic="head"), tiny_policy(name, seed=1)
     batch = forced(ROWS, 0.7, extra=(2, 3), pad=-100)
