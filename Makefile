@@ -45,7 +45,7 @@ check: $(BIN)/.dev  ## format, lint and types
 learn: $(BIN)/.dev  ## PPO and GRPO from 3 seeds, and a control with shuffled advantages: about 20 minutes
 	@$(BIN)/python tests/learn.py
 
-question: $(BIN)/.run  ## KL or trust region? 132 arms of 3 seeds, half an hour on 2 cores; resumable
+question: $(BIN)/.run  ## KL or trust region? 44 settings of 3 seeds each, half an hour on 2 cores; resumable
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.question.grid
 
 question-quick: $(BIN)/.run  ## its four corners at 16 epochs, one seed: 3 minutes
@@ -64,7 +64,7 @@ measure: $(BIN)/.dev  ## every config for a CPU as it stands, and the tables of 
 crash: $(BIN)/.dev  ## kill -9 at 20 random moments, resumed each time, against an uninterrupted run
 	@$(TEST) $(BIN)/python tests/crash.py
 
-golden: $(BIN)/.dev  ## recompute tests/golden from the oracles: make golden ORACLES=folder
+golden: $(BIN)/.dev  ## the numbers of TRL, verl and NeMo-RL in tests/golden again: make golden ORACLES=folder
 	@$(TEST) $(BIN)/python tests/golden/freeze.py $(ORACLES)
 
 mutants: $(BIN)/.dev  ## one-line bugs, each of which a test must notice

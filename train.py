@@ -48,7 +48,7 @@ from rlkl.run.schema import Config
 from rlkl.run.session import open_run
 from rlkl.run.state import State
 from rlkl.run.terminal import print_help
-from rlkl.types import Batch, PolicyOutput, Rollout
+from rlkl.types import Batch, Example, PolicyOutput, Rollout
 
 
 def train(cfg: Config, argv: list[str]) -> Path:
@@ -115,7 +115,7 @@ def generate_and_score(
     if not scores.isfinite().all():  # no score: nothing after this sees the response
         batch = batch.without_rows(scores.isnan())
     if cfg.sampling.baseline == "greedy":
-        greedy = score_greedy_responses(cfg, models, data, prompts, uniforms[::group_size])
+        greedy = score_greedy_responses(models, data, examples, uniforms[::group_size])
         per_row = greedy.repeat_interleave(group_size)
         batch.fill(baseline=per_row[:, None].expand(batch.mask.shape))
     if cfg.sampling.zero_variance == "drop":
@@ -124,10 +124,9 @@ def generate_and_score(
 
 
 def score_greedy_responses(
-    cfg: Config, models: Models, data: Data, prompts: list[int], uniforms: Tensor
+    models: Models, data: Data, examples: list[Example], uniforms: Tensor
 ) -> Tensor:
     """(N,) the score of each prompt's greedy response: the baseline of ReMax."""
-    examples = [data.train[i] for i in prompts[: cfg.sampling.prompts]]
     batch = generate(models, examples, uniforms, models.params._replace(temperature=0.0))
     scores, _ = compute_scores(data.reward, examples, decode(models.tokenizer, batch), batch)
     return scores.nan_to_num(0.0)
@@ -156,7 +155,8 @@ def compute_advantages(cfg: Config, algorithm: Algorithm, state: State, batch: B
     """Fill rewards, advantages and returns.
 
     The score is paid on a response's last token. With kl_ref.place=reward every token also pays
-    coef · log(pi_old / ref): the sum over the response is an unbiased estimate of its KL.
+    coef · kl_ref. With k1, log(pi_old / ref), the sum over a response estimates its KL without
+    bias.
     """
     scores = batch.scores
     if cfg.truncation == "bootstrap":  # what a longer response would still have earned
@@ -208,15 +208,15 @@ def update_policy(
             state.skips += 1
             skipped += 1
 
-    updates = update_metrics(meters, batch.mask)
-    updates |= {"kl_ref_coef": state.kl_ref_coef, "kl_old_coef": state.kl_old_coef}
-    updates |= {"updates": len(grad_norms), "skipped_updates": skipped}
-    updates["lr"] = cfg.optim.lr * lr_scale(*schedule)
+    metrics = update_metrics(meters, batch.mask)
+    metrics |= {"kl_ref_coef": state.kl_ref_coef, "kl_old_coef": state.kl_old_coef}
+    metrics |= {"updates": len(grad_norms), "skipped_updates": skipped}
+    metrics["lr"] = cfg.optim.lr * lr_scale(*schedule)
     for name in grad_norms[0] if grad_norms else ():
-        updates[f"grad_norm/{name}"] = sum(norms[name] for norms in grad_norms) / len(grad_norms)
+        metrics[f"grad_norm/{name}"] = sum(norms[name] for norms in grad_norms) / len(grad_norms)
     if cfg.kl_ref.target or cfg.kl_old.target:
-        state.adapt_kl_coefficients(cfg, kl_old, updates, len(batch))
-    return updates
+        state.adapt_kl_coefficients(cfg, kl_old, metrics, len(batch))
+    return metrics
 
 
 def shuffled_minibatches(
@@ -265,15 +265,16 @@ def accumulate_gradient(
             loss = (chunk.weights * per_token)[chunk.mask].sum()
             loss.backward()
 
-            divergences = policy_divergences(new.logprobs.detach(), chunk)
+            diagnostics |= policy_divergences(new.logprobs.detach(), chunk)
             meters.tokens += int(chunk.mask.sum())
-            for name, x in (diagnostics | divergences).items():
-                meters.sums[name] += x.detach()[chunk.mask].sum()
-            for name in meters.peaks:
-                peak = divergences[name].masked_fill(~chunk.mask, 0.0).max().cpu()
-                meters.peaks[name] = torch.maximum(meters.peaks[name], peak)
+            for name, x in diagnostics.items():
+                if name.endswith("_max"):
+                    peak = x.detach().masked_fill(~chunk.mask, -torch.inf).max()
+                    meters.peaks[name].append(peak)
+                else:
+                    meters.sums[name] += x.detach()[chunk.mask].sum()
             total_loss += loss.item()
-            total_kl += divergences["kl_old_pi"][chunk.mask].sum().item()
+            total_kl += diagnostics["kl_old_pi"][chunk.mask].sum().item()
     return total_loss, total_kl / max(int(minibatch.mask.sum()), 1)
 
 

@@ -168,20 +168,24 @@ KL_OLD_LOSSES = {"k2": old_k2, "k3": old_k3}
 
 
 def policy_divergences(logprobs: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """(B, T) each, to be averaged: pi (logprobs) from pi_old; pi_old from reference and sampler.
+    """(B, T) each: how far pi (logprobs) is from pi_old, and pi_old from reference and sampler.
 
     kl_old_pi, kl_sampler_old, kl_pi_ref_token (of pi_old, which is pi as it sampled): nats,
     estimated per token. ratio_mean, ratio_square: w = pi/pi_old and w². sampler_gap: |log pi_old -
-    log sampler|. ref_logprob: log-prob of the token under the reference.
+    log sampler|. ref_logprob: log-prob of the token under the reference. They are averaged over
+    tokens, but of those whose name ends in `_max` the largest is taken.
     """
     old, sampler = batch.old_logprobs, batch.sampler_logprobs
     ratio = importance_ratio(logprobs, old)
+    sampler_gap = (old - sampler).abs()
     divergences = {
         "kl_old_pi": k3(old, logprobs),
         "ratio_mean": ratio,
         "ratio_square": ratio.square(),
+        "ratio_max": ratio,
         "kl_sampler_old": k3(sampler, old),
-        "sampler_gap": (old - sampler).abs(),
+        "sampler_gap": sampler_gap,
+        "sampler_gap_max": sampler_gap,
     }
     if batch.ref_logprobs is not None:
         divergences["kl_pi_ref_token"] = k1(old, batch.ref_logprobs)

@@ -64,9 +64,12 @@ UNSET: Any = None  # a field that nothing has filled yet, or that this configura
 
 
 class PolicyOutput(NamedTuple):
-    """What a policy says of tokens that were already sampled. Nats; zero outside the mask."""
+    """What a policy says of tokens that were already sampled. Nats; zero outside the mask.
 
-    logprobs: Tensor  # (B, T) log pi(a_t | s_t), float32, of softmax(logits / batch.temperature)
+    float32, and float64 for a float64 model.
+    """
+
+    logprobs: Tensor  # (B, T) log pi(a_t | s_t) of softmax(logits / batch.temperature)
     entropy: Tensor  # (B, T) entropy of pi(. | s_t)
     values: Tensor | None = None  # (B, T) V(s_t); None without a critic
     last_values: Tensor | None = None  # (B,) V after the last token, for truncation=bootstrap
@@ -114,11 +117,13 @@ class Batch:
                 setattr(self, name, self._masked(name, tensor))
 
     def zero_padding(self) -> None:
-        """Check the shapes of all per-token floats, and set them to 0 outside the mask."""
-        self.fill(**{n: x for n, x in self.tensors().items() if x.is_floating_point()})
+        """Check the shapes of all fields, and set per-token floats to 0 outside the mask."""
+        self.fill(**self.tensors())
 
     def _masked(self, name: str, tensor: Tensor) -> Tensor:
         rows, columns = self.mask.shape
+        if name.startswith("prompt"):
+            columns = self.prompt_ids.shape[-1]
         per_row = name in ("truncated", "scores", "last_values")
         expected = (rows,) if per_row else (rows, columns)
         if tensor.shape[:2] != expected or (tensor.dim() > 2 and name != "ref_states"):

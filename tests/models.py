@@ -188,3 +188,11 @@ def ragged(seed: int = 0) -> list[tuple[list[int], list[int]]]:
 
     lengths = ((3, 5), (7, 1), (1, 12), (2, 4))
     return [(ids(prompt), ids(response)) for prompt, response in lengths]
+
+
+def assert_same(a: Batch, b: Batch, tolerance: float) -> None:
+    """The same tokens, and log-probs that are at most `tolerance` nats apart."""
+    for field in ("prompt_ids", "prompt_mask", "response_ids", "mask", "truncated"):
+        assert torch.equal(getattr(a, field), getattr(b, field)), field
+    assert a.temperature == b.temperature
+    assert (a.sampler_logprobs - b.sampler_logprobs).abs().max() <= tolerance

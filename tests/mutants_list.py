@@ -552,7 +552,7 @@ MUTANTS = [
         "A.rpartition('####')",
         "A.partition('####')",
         "tasks_judges",
-        whose="verl, once: the first #### of a reply",
+        whose="verl, once: the first #### of a response",
     ),
     Mutant("tasks.gsm8k", "flexible", "A[-1]", "A[0]", "tasks_judges"),
     # tasks.extract
@@ -581,7 +581,7 @@ MUTANTS = [
         "self.evaluates and not harmless(A)",
         "False",
         "tasks_judges",
-        whose="reasoning-gym: eval of a reply",
+        whose="reasoning-gym: eval of a response",
     ),
     # tasks.bounded
     Mutant("tasks.bounded", "bounded", "raise A", "raise TimeoutError", "tasks_judges"),
@@ -656,7 +656,7 @@ MUTANTS = [
         "{A, *B} - C",
         "{A, None} - C",
         "model",
-        whose="TRL: one EOS of many ends a reply",
+        whose="TRL: one EOS of many ends a response",
     ),
     Mutant(
         "policy.model",
@@ -860,7 +860,7 @@ MUTANTS = [
         "A.keys[B] = C",
         "A.keys[B] = 0.0",
         "engine",
-        whose="a refill without its prompt",
+        whose="a resampled group without its prompt",
     ),
     Mutant(
         "rollout.slots",
@@ -987,7 +987,7 @@ MUTANTS = [
         "A is not None and B(self.response(A))",
         "False",
         "engine",
-        whose="a reply with a stop string goes on",
+        whose="a response with a stop string goes on",
     ),
     Mutant(
         "rollout.engine",
@@ -1137,10 +1137,18 @@ MUTANTS = [
     Mutant(
         "train",
         "accumulate_gradient",
+        "A.masked_fill(~B, -torch.inf)",
+        "A",
+        "step_options",
+        whose="a peak of the padding",
+    ),
+    Mutant(
+        "train",
+        "accumulate_gradient",
         "A = trained_tokens(B, C)",
         "A = C.mask",
         "step",
-        whose="TRL: truncated replies in the denominator alone",
+        whose="TRL: truncated responses in the denominator alone",
     ),
     Mutant(
         "train",

@@ -110,6 +110,7 @@ MISTAKES = {  # arguments → what the message contains
         "sampling.max_prompt_tokens",
     ],
     # models
+    "model.name=not-there sampling.backend=engin": ["'engin'", "engine", "cached"],
     "model.name=no_eos": ["no_eos", "EOS", "set eos_token"],
     "model.name=no_weights": ["no_weights", "model.safetensors"],
     "model.name=torn": ["torn"],

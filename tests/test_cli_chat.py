@@ -93,9 +93,9 @@ def test_long_responses_wrap_inside_their_columns(monkeypatch, capsys):
 
 def test_a_prompt_goes_through_the_chat_template_where_there_is_one(base, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(with_template(base, tmp_path / "chat"))
-    assert tokenizer.decode(chat.encode_prompt(tokenizer, "1+2", 4, None)) == "<user>1+2="
-    plain = character_tokenizer()
-    assert plain.decode(chat.encode_prompt(plain, "1+2", 4, None)) == "1+2"
+    prompt = chat.to_example(tokenizer, "1+2", 4, None).prompt
+    assert tokenizer.decode(encode(tokenizer, prompt)) == "<user>1+2="
+    assert chat.to_example(character_tokenizer(), "1+2", 4, None).prompt == "1+2"
 
 
 def test_a_stop_string_of_the_run_ends_a_response(rlkl, there, monkeypatch):
@@ -128,10 +128,10 @@ def test_a_prompt_without_room_is_refused_and_the_next_one_is_answered(rlkl, ref
 
 def test_a_prompt_may_fill_the_context_and_an_unknown_context_refuses_nothing():
     tokenizer = character_tokenizer()
-    assert len(chat.encode_prompt(tokenizer, "1" * 10, 6, 16)) == 10
+    assert chat.to_example(tokenizer, "1" * 10, 6, 16).prompt == "1" * 10
     with pytest.raises(UserError, match="shorten"):
-        chat.encode_prompt(tokenizer, "1" * 10, 7, 16)
-    assert len(chat.encode_prompt(tokenizer, "1" * 1000, 1000, None)) == 1000
+        chat.to_example(tokenizer, "1" * 10, 7, 16)
+    assert chat.to_example(tokenizer, "1" * 1000, 1000, None).prompt == "1" * 1000
 
 
 def test_wrong_arguments_are_refused_by_name(refused):

@@ -1,6 +1,7 @@
 """What the commands about a run share: finding a run and its checkpoint; one line per mistake."""
 
 import errno
+import re
 import shutil
 
 from runs_fixture import rows
@@ -17,7 +18,9 @@ USAGE = {
     "report": "rlkl report RUN [RUN …]",
     "export": "rlkl export RUN OUT",
 }
-EXISTING = "there is runs/lora, runs/ppo, runs/sft, runs/unborn"
+EXISTING = (
+    "there is runs/lora, runs/ppo, runs/unborn"  # and not runs/sft: none of these commands reads it
+)
 
 
 def test_a_run_is_found_by_its_folder_or_by_that_of_a_checkpoint(there, monkeypatch):
@@ -69,6 +72,15 @@ def test_a_run_without_a_checkpoint_says_when_there_will_be_one(refused):
             "runs/unborn: no checkpoint yet; one is written at the end, and every "
             "checkpoint.every=2 steps"
         )
+
+
+def test_a_run_that_saves_only_at_its_end_says_no_more(refused, there):
+    shutil.copytree("runs/unborn", "runs/at-end")
+    config = there / "runs/at-end/config.yaml"
+    config.write_text(re.sub(r"(checkpoint:\n  every: )\d+", r"\g<1>0", config.read_text()))
+    message = refused("export", "runs/at-end", "exported")
+    shutil.rmtree("runs/at-end")
+    assert message == "runs/at-end: no checkpoint yet; one is written at the end"
 
 
 def test_a_step_without_a_checkpoint_is_answered_with_those_that_have_one(refused):

@@ -20,6 +20,8 @@ from rlkl.run.build import TABLES
 from rlkl.run.check_plugins import check_plugins
 from rlkl.run.config import load
 from rlkl.run.folder import configure
+from rlkl.supervised.schema import SFTConfig
+from rlkl.tasks import TASKS
 
 PLUGIN = """
 import dataclasses
@@ -47,6 +49,7 @@ RENAMED = {  # an option of version 0.1, with a value → what to write now
     "optim.critic_warmup=3": "critic.warmup",
     "sampling.unanimous=refill": "sampling.zero_variance",
     "sampling.refills=3": "sampling.resample_rounds",
+    "task.paid=strict": "task.method",
     "loss.value_coef=0.5": "critic.coef",
     "loss.value_clip=0.2": "critic.clip",
     "loss.entropy_coef=0.01": "entropy.coef",
@@ -272,6 +275,7 @@ def test_a_renamed_option_is_refused_with_its_new_name_from_wherever_it_comes(tm
 def test_the_new_names_exist():
     known = {row[0] for row in config.options({})}
     known |= {f"loss.{name}" for name in inspect.signature(LOSSES["clip"]).parameters}
+    known |= {f"task.{name}" for name in inspect.signature(TASKS["gsm8k"]).parameters}
     options = {name for name in RENAMED.values() if not name.startswith("loss=")}
     assert options <= known
     for names in (name for name in RENAMED.values() if name.startswith("loss=")):
@@ -282,6 +286,13 @@ def test_the_new_names_exist():
 def test_a_loss_of_ones_own_may_have_an_option_with_an_old_name(plugin):
     (plugin / "my.py").write_text("def loss(new, batch, *, clip=0.2):\n    return new, {}\n")
     assert load(["loss=my.py:loss", "loss.clip=0.1"]).loss == {"name": "my.py:loss", "clip": 0.1}
+    assert load(["task=my.py:Task", "task.paid=1"]).task == {"name": "my.py:Task", "paid": 1}
+
+
+def test_the_options_of_another_command_are_not_answered_with_names_of_training():
+    message = refused(load, ["optim.critic_lr=1"], schema=SFTConfig)
+    assert "critic_lr" in message
+    assert "new name" not in message
 
 
 # ------------------------------------------------------------------ what goes with what
@@ -454,3 +465,33 @@ def test_help_shows_the_defaults_that_a_run_without_arguments_has():
     assert shown["optim.lr"] == str(cfg.optim.lr)
     assert shown["loss"] == cfg.loss["name"]
     assert shown["sampling.backend"] == cfg.sampling.backend["name"]
+
+
+def test_steps_for_the_critic_alone_need_a_critic():
+    assert "there is none: set critic.kind=head or network" in mistake("critic.warmup=3")
+    assert load(["critic.warmup=3", "critic.kind=head", "advantage=gae"]).critic.warmup == 3
+
+
+def test_an_advantage_that_is_always_zero_is_blamed_on_the_group_only_where_it_is_of_one(plugin):
+    (plugin / "my.py").write_text(
+        "def zero(rewards, values, mask, *, group_size):\n    return 0 * rewards, None\n"
+    )
+    with pytest.raises(UserError, match=r"choose sampling\.group_size >= 2"):
+        algorithm.resolve_algorithm(load(["advantage=grpo", "sampling.group_size=1"]))
+    with pytest.raises(UserError, match=r"with sampling\.group_size=8 is zero.*at its options"):
+        algorithm.resolve_algorithm(load(["advantage=my.py:zero"]))
+
+
+def test_a_kl_estimator_is_tried_wherever_it_is_used(plugin):
+    (plugin / "my.py").write_text(
+        "def mean(*arguments):\n    return (arguments[0] - arguments[1]).mean()\n"
+        "def old(new, batch):\n    return (new.logprobs - batch.old_logprobs).sum(1)\n"
+    )
+    for options, shape in (
+        (["kl_ref.coef=0.1", "kl_ref.estimator=my.py:mean"], r"\(\)"),
+        (["kl_old.coef=0.1", "kl_old.estimator=my.py:old"], r"\(4,\)"),
+    ):
+        name = options[1].split("=")[0]
+        with pytest.raises(UserError, match=rf"^{name}: must return a \(B, T\).*{shape}"):
+            algorithm.resolve_algorithm(load(options))
+    algorithm.resolve_algorithm(load(["kl_old.estimator=my.py:old"]))  # switched off: never called

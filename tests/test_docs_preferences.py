@@ -33,9 +33,3 @@ def test_every_command_of_the_page_names_a_config_of_that_command():
         )
         assert is_of_this_command == (command in SCHEMAS)
         config.load([str(ROOT / path)], schema=SCHEMAS.get(command, Config))
-
-
-def test_the_functions_that_the_page_links_to_exist():
-    for function, path in re.findall(r"\[\S+?::?(\w+)\]\(\.\./(\S+?)\)", PAGE):
-        source = (ROOT / path).read_text(encoding="utf-8")
-        assert f"def {function}(" in source, f"{path}: {function}"

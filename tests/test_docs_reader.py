@@ -58,7 +58,7 @@ def test_every_test_of_the_oracles_is_in_the_file_that_its_letter_stands_for():
     file = dict(re.findall(r"\b([VLTN]) (?:is )?`(tests/\w+\.py)`", text))
     assert set(file) == set("VLTN")
     rows = [row for row in text.splitlines() if re.search(r"\| [VLTN] `test_", row)]
-    assert len(rows) >= 25
+    assert len(rows) >= 24
     for row in rows:
         cell = row.rsplit("|", 2)[1]
         for name in re.findall(r"`(test_\w+)`", cell):

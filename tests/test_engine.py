@@ -8,7 +8,17 @@ import weakref
 
 import pytest
 import torch
-from models import EOS, ROWS, SERVED, VOCAB, prompts, sampling_params, tiny_policy, uniforms
+from models import (
+    EOS,
+    ROWS,
+    SERVED,
+    VOCAB,
+    assert_same,
+    prompts,
+    sampling_params,
+    tiny_policy,
+    uniforms,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3NextConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -26,7 +36,7 @@ from rlkl.rollout.slots import (
     slot_attention,
     unsupported,
 )
-from rlkl.types import Batch, SamplingParams
+from rlkl.types import SamplingParams
 
 module = importlib.import_module("rlkl.rollout.engine")
 MAX_TOKENS = 24  # of a response: longer than every window, and slots are filled several times
@@ -44,13 +54,6 @@ def draw(rows: int = 36, seed: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     lengths = [1, 33, 7, 2, 19, 3, 12, 1, 5]
     ids, mask = left_pad([torch.randint(VOCAB, (n,), generator=g).tolist() for n in lengths], 0)
     return ids, mask, uniforms(rows, MAX_TOKENS, seed)
-
-
-def assert_same(a: Batch, b: Batch, tolerance: float) -> None:
-    for field in ("prompt_ids", "prompt_mask", "response_ids", "mask", "truncated"):
-        assert torch.equal(getattr(a, field), getattr(b, field)), field
-    assert a.temperature == b.temperature
-    assert (a.sampler_logprobs - b.sampler_logprobs).abs().max() <= tolerance
 
 
 def continuous_batch(

@@ -924,7 +924,7 @@ SIZES = [  # options, is it on CUDA, bytes; 128 slots on a CPU and 256 on a GPU
             "masters": 0,
             "moments": 8 * POLICY,
             "kv_cache": 4 * KV * 128 * 14,
-            "choices": (2 * 4 + 2 * 8) * 128 * VOCAB,
+            "sampling_logits": (2 * 4 + 2 * 8) * 128 * VOCAB,
             "gradients": 4 * POLICY,
             "activations": 512 * 14 * saved_activations(14, 4),
             "logits": 6 * 512 * 8 * VOCAB * 4,
@@ -939,7 +939,7 @@ SIZES = [  # options, is it on CUDA, bytes; 128 slots on a CPU and 256 on a GPU
             "masters": 4 * POLICY,
             "moments": 8 * POLICY,
             "kv_cache": 2 * KV * 256 * 14,
-            "choices": (2 * 4 + 2 * 8) * 256 * VOCAB,
+            "sampling_logits": (2 * 4 + 2 * 8) * 256 * VOCAB,
             "gradients": 2 * POLICY,
             "activations": 71 * 14 * saved_activations(14, 2, checkpointing=True),
             "logits": 6 * (1000 * 8 // 14) * VOCAB * 4,
@@ -955,7 +955,8 @@ SIZES = [  # options, is it on CUDA, bytes; 128 slots on a CPU and 256 on a GPU
             "moments": 0,
             "host": (4 + 8) * POLICY,
             "kv_cache": 2 * KV * 9 * 14,
-            "choices": (2 * 4 + 2 * 8) * 9 * VOCAB + 4 * VOCAB * WIDTH,  # a float32 unembedding
+            "sampling_logits": (2 * 4 + 2 * 8) * 9 * VOCAB
+            + 4 * VOCAB * WIDTH,  # a float32 unembedding
             "gradients": 2 * POLICY,
             "activations": 512 * 14 * saved_activations(14, 2),
             "logits": 6 * 300 * VOCAB * 4,
@@ -970,7 +971,7 @@ SIZES = [  # options, is it on CUDA, bytes; 128 slots on a CPU and 256 on a GPU
             "masters": 0,
             "moments": 8 * ADAPTER,
             "kv_cache": 4 * KV * 768 * 12,
-            "choices": (2 * 4 + 2 * 8) * 768 * VOCAB,
+            "sampling_logits": (2 * 4 + 2 * 8) * 768 * VOCAB,
             "gradients": 4 * ADAPTER,
             "activations": 682 * 12 * saved_activations(12, 4, rank=16),
             "logits": 6 * (8192 * 6 // 12) * VOCAB * 4,
@@ -986,7 +987,7 @@ SIZES = [  # options, is it on CUDA, bytes; 128 slots on a CPU and 256 on a GPU
             "masters": 4 * POLICY,
             "moments": 8 * (POLICY + VALUE),
             "kv_cache": 2 * KV * 256 * 14,
-            "choices": (2 * 4 + 2 * 8) * 256 * VOCAB,
+            "sampling_logits": (2 * 4 + 2 * 8) * 256 * VOCAB,
             "gradients": 2 * POLICY + 4 * VALUE,
             "activations": 14 * saved_activations(14, 2),
             "logits": 6 * 8 * VOCAB * 4,
@@ -1002,7 +1003,7 @@ SIZES = [  # options, is it on CUDA, bytes; 128 slots on a CPU and 256 on a GPU
             "masters": 0,
             "moments": 16 * (POLICY + BACKBONE + VALUE),
             "kv_cache": 8 * KV * 128 * 14,
-            "choices": (2 * 8 + 2 * 8) * 128 * VOCAB,
+            "sampling_logits": (2 * 8 + 2 * 8) * 128 * VOCAB,
             "gradients": 8 * (POLICY + BACKBONE + VALUE),
             "activations": 142_857 * 14 * 2 * saved_activations(14, 8),
             # more than 256 MiB: six tiles of 512 rows, and the logits of both policies kept
@@ -1034,7 +1035,7 @@ def size_numbers(case, cuda):
 
 def totals(parts):
     resident = parts["weights"] + parts["reference"] + parts["masters"] + parts["moments"]
-    sampling = parts["kv_cache"] + parts["choices"]
+    sampling = parts["kv_cache"] + parts["sampling_logits"]
     # in the optimizer step masters have gradients of their own width
     step = parts["gradients"] * (2 if parts["masters"] else 1)
     backward = parts["gradients"] + parts["activations"] + parts["logits"]

@@ -1,4 +1,4 @@
-"""Who may import whom: one row a room."""
+"""Who may import whom: one row a package."""
 
 import ast
 import sys
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "rlkl").rglob("*.py"))
 
 MATHEMATICS = {"advantages", "errors", "kl", "losses", "types"}
-ROOMS = {  # room → the others that it may import; "room/file" is that file alone
+PACKAGES = {  # package or module → the others that it may import; "package/file" is that file alone
     "errors": set(),
     "types": set(),
     "advantages": set(),
@@ -30,7 +30,7 @@ ROOMS = {  # room → the others that it may import; "room/file" is that file al
     "cli": MATHEMATICS
     | {"explain", "plugins", "policy", "rewards", "rollout", "run", "supervised", "tasks"},
 }
-ONLY = {  # library → the rooms and files that may import it
+ONLY = {  # library → the packages and files that may import it
     "transformers": {
         "cli",
         "explain",
@@ -56,9 +56,9 @@ ONLY = {  # library → the rooms and files that may import it
 }
 
 
-def test_every_room_has_a_row():
-    rooms = {path.relative_to(ROOT / "rlkl").parts[0].removesuffix(".py") for path in FILES}
-    assert rooms - {"__init__", "__main__"} == set(ROOMS)
+def test_every_package_has_a_row():
+    packages = {path.relative_to(ROOT / "rlkl").parts[0].removesuffix(".py") for path in FILES}
+    assert packages - {"__init__", "__main__"} == set(PACKAGES)
 
 
 def test_the_specification_of_the_log_probs_imports_nothing_of_its_faster_siblings():
@@ -93,12 +93,12 @@ def inside(place: str, allowed: set[str]) -> bool:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_one_way(path):
     module = str(path.relative_to(ROOT / "rlkl").with_suffix(""))
-    room = module.split("/")[0]
+    package = module.split("/")[0]
     for name in imported(path):
         library = name.split(".")[0]
         assert library != "train", f"{module} imports train.py"
-        if library == "rlkl" and room in ROOMS:
-            allowed = ROOMS[room] | {room}
+        if library == "rlkl" and package in PACKAGES:
+            allowed = PACKAGES[package] | {package}
             assert inside(place_of(name), allowed), f"{module} may not import {name}"
         if library in ONLY and module != "__init__":
             assert inside(module, ONLY[library]), f"{module} may not import {name}"

@@ -83,7 +83,7 @@ def test_the_question_goes_through_the_chat_template_of_a_judge_that_has_one():
 
 
 def test_a_template_that_cannot_be_filled_is_refused():
-    for template in ("{response} {x}", "no field", "{response", "{response} {}"):
+    for template in ("{response} {x}", "no field", "{response", "{response} {}", "{response.x}"):
         with pytest.raises(UserError, match=r"reward\.template"):
             encode_question(TOKENIZER, template, "P", "q", "r")
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from rlkl import logprobs
-from rlkl.logprobs import choose_backend, head_logits, token_logprobs
+from rlkl.logprobs import choose_backend, token_logprobs
+from rlkl.logprobs.reference import head_logits
 from rlkl.types import Head
 
 M, D, V = 7, 5, 13

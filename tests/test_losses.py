@@ -35,7 +35,7 @@ F64 = torch.float64
 
 
 def near(seed: int = 0, sigma: float = 0.3) -> tuple[PolicyOutput, Batch]:
-    """A float64 evaluation with leaves, and a filled batch whose pi_old is `sigma` nats away;
+    """A float64 policy output, and a filled batch whose pi_old is `sigma` nats away;
     responses of 5, 1, 3.
     """
     g = torch.Generator().manual_seed(seed)
@@ -343,7 +343,7 @@ def test_gmpo_clips_in_log_space_before_the_geometric_mean():
     assert pull(gmpo, down, [-1.0, -1.0], epsilon=0.7) == pytest.approx([-math.exp(-0.2)] * 2)
 
 
-def test_topr_weighs_bad_responses_by_the_whole_replys_ratio():
+def test_topr_weighs_bad_responses_by_the_ratio_of_the_whole_response():
     """c = min(Π w, 1) where A < 0, and 1 where A >= 0 however far pi has gone."""
     assert pull(topr, [0.5, 0.5], [-1.0, 1.0]) == pytest.approx([-0.25, 1.0])
     assert pull(topr, [0.5, 4.0], [-1.0, 1.0]) == pytest.approx([-1.0, 1.0])
@@ -521,9 +521,16 @@ def test_the_value_loss_by_cases(value, old, target, loss, derivative):
     assert float(torch.autograd.grad(got, v)[0]) == pytest.approx(derivative, abs=1e-12)
 
 
-def test_without_a_clip_the_value_loss_is_half_the_squared_error():
-    values, old, returns = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(value_loss(values, old, returns, clip=None), (values - returns) ** 2 / 2)
+@pytest.mark.parametrize(
+    ("value", "target", "loss", "derivative"),
+    [(1.5, 2.0, 0.125, -0.5), (5.0, 2.0, 4.5, 3.0), (-1.0, 0.0, 0.5, -1.0)],
+)
+def test_without_a_clip_the_value_loss_is_half_the_squared_error(value, target, loss, derivative):
+    v = torch.tensor(value, dtype=F64, requires_grad=True)
+    others = torch.tensor([1.0, target], dtype=F64)
+    got = value_loss(v, *others, clip=None)
+    assert float(got.detach()) == pytest.approx(loss, abs=1e-12)
+    assert float(torch.autograd.grad(got, v)[0]) == pytest.approx(derivative, abs=1e-12)
 
 
 # Every entry

@@ -334,7 +334,7 @@ def test_sampling_a_token_takes_what_is_planned():
         pick(logits, torch.rand(40, dtype=torch.float64), sampling_params(vocab_size=None))
     rollout = ["sampling.prompts=10", "sampling.group_size=4"]
     cfg = config.load([*rollout, "eval.prompts=1", "eval.samples=1"])
-    expected = planned(cfg, model_config("llama", vocab_size=5000), 7).choices
+    expected = planned(cfg, model_config("llama", vocab_size=5000), 7).sampling_logits
     assert 0.8 * expected < meter.most + logits.nbytes <= 1.01 * expected
 
 

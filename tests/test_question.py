@@ -226,8 +226,8 @@ def test_the_measured_kl_is_that_of_the_responses_and_zero_for_the_base_itself(
     with torch.no_grad():
         policy.lm.get_output_embeddings().weight.mul_(4)
     final = grid.measure(policy)["final"]
-    assert final["kl_pi_ref_sequence"] > 0.1  # exact at each state; k1_seq is from samples
-    assert final["kl_pi_ref_sequence"] == pytest.approx(final["k1_seq"], rel=0.2)
+    assert final["kl_pi_ref_sequence"] > 0.1  # exact at each state; k1_sequence is from samples
+    assert final["kl_pi_ref_sequence"] == pytest.approx(final["k1_sequence"], rel=0.2)
 
 
 def test_an_arm_in_the_file_is_not_run_again_and_one_that_was_cut_off_is(monkeypatch, tmp_path):
@@ -289,9 +289,9 @@ def made(
         "length": 9.0,
         "truncated": 0.0,
         "kl_pi_ref_sequence": kl,
-        "k1_seq": kl,
+        "k1_sequence": kl,
         "entropy": 1.0,
-        "ref_logprob_tok": -2.0,
+        "ref_logprob_token": -2.0,
         "kl_pi_ref_token": 1.0,
     }
     curves = {name: [0.1 * i for i in range(steps)] for name in grid.CURVES}

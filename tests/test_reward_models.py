@@ -13,13 +13,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import train
 from rlkl import cli
-from rlkl.cli.label import sample_responses
+from rlkl.cli.label import respond
 from rlkl.cli.reward_model import normalise
 from rlkl.errors import UserError
 from rlkl.policy.model import load
 from rlkl.rewards import REWARDS, compute_scores
 from rlkl.rewards.models import load_reward_model, reward_model
-from rlkl.rollout.sampling import decode
 from rlkl.supervised.data import collate, tokenize
 from rlkl.supervised.schema import LabelSampling
 from rlkl.types import Example
@@ -234,8 +233,8 @@ def mean_task_score(path: Path) -> float:
     sampling = LabelSampling(samples=20, max_new_tokens=6)
     examples = [Example(f"{i}:") for i in range(20)]
     responses = []
-    for _, batch in sample_responses(policy, tokenizer, examples, sampling, seed=1):
-        responses += decode(tokenizer, batch)
+    for _, texts, _ in respond(policy, tokenizer, examples, sampling, seed=1):
+        responses += texts
     return sum(map(task_score, responses)) / len(responses)
 
 
@@ -343,3 +342,64 @@ def test_labels_with_noise_are_bradley_terrys(folder, monkeypatch):
     chosen = [row["chosen"] for row in read_rows(Path("noisy.jsonl"))]
     assert len(chosen) == 400
     assert chosen.count("777777") / 400 == pytest.approx(0.731, abs=0.06)
+
+
+MINE = """
+def brevity(example, response):
+    return None if response.startswith("?") else -len(response)
+
+
+def sampler(policy, prompt_ids, prompt_mask, uniforms, params):
+    import torch
+    from rlkl.rollout import naive
+    assert not torch.is_grad_enabled()
+    batch = naive(policy, prompt_ids, prompt_mask, uniforms, params)
+    batch.sampler_logprobs[~batch.mask] = float("nan")
+    return batch
+
+
+def wrong(policy, prompt_ids, prompt_mask, uniforms, params):
+    from rlkl.rollout import naive
+    batch = naive(policy, prompt_ids, prompt_mask, uniforms, params)
+    batch.truncated = batch.truncated[:, None]
+    return batch
+"""
+
+
+@pytest.fixture
+def mine(folder, monkeypatch) -> list[str]:
+    """The arguments of `rlkl label` beside a file mine.py."""
+    monkeypatch.chdir(folder)
+    Path("mine.py").write_text(MINE)
+    return ["label", *TASK_OPTIONS, "model.name=base"]
+
+
+def test_a_text_reward_from_a_file_labels_given_texts_as_they_are(mine):
+    """Characters that the tokenizer does not know stay; what has no score is left out."""
+    rows = [
+        {"prompt": "1", "responses": ["caf\u00e9\t\u00fc", "a long response", "?"]},
+        {"prompt": "2", "responses": ["?", "?!"]},
+        {"prompt": "3", "responses": ["same", "size"]},
+    ]
+    Path("texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(*mine, "responses=texts.jsonl", "reward=mine.py:brevity", "out=short.jsonl")
+    (pair,) = read_rows(Path("short.jsonl"))
+    assert (pair["chosen"], pair["rejected"]) == ("caf\u00e9\t\u00fc", "a long response")
+
+
+def test_label_samples_with_a_backend_from_a_file_as_training_does(mine, capsys):
+    """Without gradients, and what it returns is checked."""
+    sampled = [*mine, "sampling.prompts=4", "sampling.samples=4"]
+    run(*sampled, "sampling.backend=mine.py:sampler", "out=sampled.jsonl")
+    run(*sampled, "sampling.backend=naive", "out=naive.jsonl")
+    assert read_rows(Path("sampled.jsonl")) == read_rows(Path("naive.jsonl"))
+    assert cli.main([*sampled, "sampling.backend=mine.py:wrong", "out=wrong.jsonl"]) == 2
+    assert "Batch.truncated: shape" in capsys.readouterr().err
+
+
+def test_label_drops_prompts_without_room_for_a_response(mine, capsys):
+    assert cli.main([*mine, "sampling.max_new_tokens=64", "out=long.jsonl"]) == 2
+    assert "none is left: raise sampling.max_prompt_tokens" in capsys.readouterr().err
+    run(*mine, "sampling.prompts=90", "sampling.max_prompt_tokens=4", "out=long.jsonl")
+    assert "train prompts are empty or longer than 4 tokens" in capsys.readouterr().out
+    assert all(len(row["prompt"]) <= 4 for row in read_rows(Path("long.jsonl")))

@@ -12,7 +12,7 @@ import torch
 
 from rlkl.errors import UserError
 from rlkl.rewards import compute_scores, repetition, weighted_sum, with_overlong
-from rlkl.rewards.scoring import Scoring, assemble, scores_and_parts
+from rlkl.rewards.scoring import Scoring, assemble, part_name, scores_and_parts
 from rlkl.rewards.text import Row, columns, load_reward, score_rows
 from rlkl.types import Batch, Example
 
@@ -313,6 +313,15 @@ def test_sections_are_summed_by_weight_and_a_kind_of_failure_is_counted_and_show
     assert f"{failure}: it scores -1; rewards/failed counts" in line
 
 
+def test_parts_of_one_name_are_numbered_whatever_others_begin_with_it():
+    assert [part_name("a.py:f", taken) for taken in ([], ["f"], ["f", "f-2"])] == [
+        "f",
+        "f-2",
+        "f-3",
+    ]
+    assert part_name("a.py:f", ["foo", "f"]) == "f-2"
+
+
 def test_one_section_without_a_weight_is_the_reward_itself():
     task = constant(1.0, 2.0)
     assert assemble([{"name": "task"}], task, scoring()).func is task
@@ -331,3 +340,12 @@ def test_an_option_goes_to_its_own_part():
     reward = assemble([{"name": "repetition", "n": 1, "coef": 3.0}], constant(), scoring())
     assert isinstance(reward, partial)
     assert scores_of(reward)[0].tolist() == [0.0, -1.0]
+
+
+def test_with_overlong_the_score_before_it_is_a_part_also_where_failures_are_counted(tmp_path):
+    (tmp_path / "mine.py").write_text("def f(example, response):\n    return 3.0\n")
+    reward = assemble([{"name": f"{tmp_path}/mine.py:f"}], constant(0.0, 0.0), scoring())
+    scores, parts = scores_of(with_overlong(reward, 1, 1, 0.5))
+    assert parts["score"].tolist() == [3.0, 3.0]
+    torch.testing.assert_close(scores, parts["score"] + parts["overlong"])
+    assert parts["overlong"].any()

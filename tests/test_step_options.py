@@ -109,6 +109,26 @@ def test_the_effective_sample_size_is_one_on_policy_and_less_when_ratios_spread(
     assert metrics["ratio_max"] == pytest.approx(float(w.max()))
 
 
+def test_a_diagnostic_is_averaged_over_tokens_and_its_largest_taken_where_its_name_says_so(base):
+    """Whatever is behind the mask, and however the updates are cut."""
+    run = setup(base, "optim.minibatch=4", "optim.micro_tokens=40")
+    loss, seen = run.algorithm.policy_loss, []
+
+    def with_diagnostics(new, batch):
+        x = -new.logprobs.detach() - 100
+        seen.append(x[batch.mask])
+        x = x.masked_fill(~batch.mask, 1e9)
+        return loss(new, batch)[0], {"x": x, "x_max": x}
+
+    run.algorithm.policy_loss = with_diagnostics
+    metrics = run.step()
+    every = torch.cat(seen)
+    assert len(seen) > 4
+    assert metrics["x"] == pytest.approx(every.mean().item())
+    assert metrics["x_max"] == pytest.approx(every.max().item())
+    assert metrics["x_max"] < 0
+
+
 # Selectors
 
 

@@ -14,6 +14,7 @@ from rlkl import cli
 from rlkl.errors import UserError
 from rlkl.run import config, terminal
 from rlkl.run.build import TABLES
+from rlkl.run.log import RunLog
 from rlkl.supervised.data import (
     Item,
     collate,
@@ -130,9 +131,14 @@ def test_every_epoch_takes_each_item_once_in_an_order_of_its_own():
 def test_items_that_are_empty_or_too_long_are_dropped_with_a_note(capsys):
     rows = [Item([1], ([2] * length,)) for length in (1, 5, 9, 0)]
     assert filter_by_length(rows, 6, "rows") == rows[:2]
-    assert "2 of 4 rows have no tokens, or more than 6" in capsys.readouterr().out
+    without = "of 4 rows have a response without tokens"
+    assert f"2 {without}, or more than 6 tokens\n" in capsys.readouterr().out
+    assert filter_by_length(rows, None, "rows") == rows[:3]
+    assert f"1 {without}\n" in capsys.readouterr().out
     assert filter_by_length(rows[:3], None, "rows") == rows[:3]
     assert not capsys.readouterr().out
+    with pytest.raises(UserError, match="there are no pairs"):
+        filter_by_length([], None, "pairs")
     with pytest.raises(UserError, match="none is left: raise max_tokens"):
         filter_by_length(rows, 1, "rows")
 
@@ -273,10 +279,13 @@ def test_sft_learns_a_file_and_leaves_an_ordinary_model_a_log_and_what_was_run(h
     assert "run=out" in error_of(capsys, *argv)
 
 
-def test_sft_of_a_fresh_model_starts_at_chance_and_is_the_same_twice(here, capsys):
+def test_sft_of_a_fresh_model_starts_at_chance_and_is_the_same_twice(here, capsys, monkeypatch):
     scratch = ["scratch.layers=1", "scratch.hidden=16", "scratch.context=64"]
     argv = ["sft", "task=reviews", "task.size=64", "optim.batch=32", *scratch]
+    closed, close = [], RunLog.close
+    monkeypatch.setattr(RunLog, "close", lambda log: closed.append(close(log)))
     run(capsys, *argv, "run=one")
+    assert closed == [None], "W&B is told that the run has ended"
     run(capsys, *argv, "run=two")
     first, second = (Path(f"{name}/model/model.safetensors") for name in ("one", "two"))
     assert first.read_bytes() == second.read_bytes()

@@ -62,12 +62,6 @@ def task(request, tmp_path_factory):
     return make_task(request.param, tmp_path_factory.mktemp("tasks"))("train")
 
 
-@pytest.fixture
-def no_time_limit(monkeypatch):
-    """Judges are not stopped: a test of a verdict must not depend on the speed of the machine."""
-    monkeypatch.setitem(bounded.__kwdefaults__, "seconds", 60.0)
-
-
 def judges(task):
     """What scores a response, and what only reports on it."""
     return [f for f in (task.score, getattr(task, "grade", None)) if f]

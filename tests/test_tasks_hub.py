@@ -113,7 +113,7 @@ def test_gsm8k_reads_the_published_format(tmp_path):
         assert prompt.endswith('after "####".')
         assert (task[0].answer, task[0].info["solution"]) == ("1072", rows[0]["answer"])
         assert task.score(task[0], rows[0]["answer"]) == 1.0
-    flexible = GSM8K("heldout", path=str(tmp_path), paid="flexible")
+    flexible = GSM8K("heldout", path=str(tmp_path), method="flexible")
     assert task.score(task[0], "it is 1072") == 0.0
     assert flexible.score(task[0], "it is 1072") == 1.0
     for paid_by in (task, flexible):
@@ -142,6 +142,9 @@ def test_math_reads_both_published_formats_and_selects_levels(tmp_path):
     assert [e.answer for e in train.examples] == [f"\\frac{{{n}}}{{2}}" for n in range(1, 6)]
     assert [e.answer for e in heldout.examples] == list("12345")
     assert train[0].prompt.startswith("1?\n")
+    file = str(tmp_path / "train" / "train.jsonl")
+    whole = Mathematics("train", path=file, heldout_path=paths["heldout_path"], heldout=0.5)
+    assert len(whole) == 5, "what is held out is another set: nothing of this one is"
     for split in ("train", "heldout"):
         task = Mathematics(split, levels=[2, 5], **paths, chat=False)
         assert [e.prompt[0] for e in task.examples] == ["2", "5"]

@@ -24,13 +24,6 @@ from rlkl.tasks.gym import ReasoningGym, evaluates, harmless
 from rlkl.tasks.mathematics import Mathematics
 from rlkl.types import Example
 
-
-@pytest.fixture
-def no_time_limit(monkeypatch):
-    """Judges are not stopped: a test of a verdict must not depend on the speed of the machine."""
-    monkeypatch.setitem(bounded.__kwdefaults__, "seconds", 60.0)
-
-
 # ------------------------------------------------------------------ gsm8k
 
 
@@ -360,6 +353,12 @@ def test_countdown_refuses_impossible_options():
     for options in ({"numbers": (4, 3)}, {"numbers": (0, 3)}, {"numbers": (3, 11)}, {"largest": 0}):
         with pytest.raises(UserError, match="from 1 to 10 numbers"):
             Countdown("train", **options)
+    with pytest.raises(UserError, match="1 to 9 digits"):  # longer numbers are not evaluated
+        Countdown("train", largest=10**9)
+    options = {"numbers": (10, 10), "largest": 10**9 - 1, "target": (-(10**12), 10**12)}
+    long = Countdown("train", problems=20, tags=False, **options)
+    solutions = [long.score(e, e.info["solution"]) for e in (long[i] for i in range(len(long)))]
+    assert all(score["correct"] == 1.0 for score in solutions)
     with pytest.raises(UserError, match="format_score"):
         Countdown("train", format_score=1.0)
 

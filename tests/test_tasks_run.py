@@ -130,6 +130,22 @@ def test_a_grade_that_raises_is_one_line(train_on, chat_model, capsys):
     assert "task.grade raised ZeroDivisionError" in error
 
 
+def test_a_step_whose_evaluation_fails_is_in_the_log_as_it_is_in_the_checkpoint(
+    train_on, chat_model, capsys
+):
+    Path("mine.py").write_text(
+        "from rlkl.tasks import Addition\n\nclass Mine(Addition):\n"
+        "    def grade(self, example, response):\n"
+        "        Mine.graded = getattr(Mine, 'graded', 0) + 1\n"
+        "        return {'x': 1 / (Mine.graded <= 9)}\n"  # 9 before training, then step 1
+    )
+    options = ("task=mine.py:Mine", "task.digits=1", *SMALL)
+    error = train_error(capsys, f"model.name={chat_model}", *options)
+    assert "step 1 is kept: resume=out continues" in error
+    assert [row["step"] for row in rows(Path("out"))] == [1]
+    assert [p.name for p in Path("out/checkpoints").iterdir()] == ["step-000001"]
+
+
 # ------------------------------------------------------------------ docs/tasks.md and configs
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from rlkl import logprobs
-from rlkl.logprobs import choose_backend, head_logits, reference, token_logprobs
-from rlkl.logprobs.reference import product, vocabulary
+from rlkl.logprobs import choose_backend, reference, token_logprobs
+from rlkl.logprobs.reference import head_logits, product, vocabulary
 from rlkl.logprobs.tile_torch import TileFunctions
 from rlkl.logprobs.tiled import Shape, tile_for, tiled
 from rlkl.types import Head

@@ -116,9 +116,16 @@ def test_zero_padding_refuses_a_field_that_does_not_fit_the_mask(parts):
         batch = Batch(**parts | {name: parts[name][:, 1:]})
         with pytest.raises(ValueError, match=rf"^Batch\.{name}: shape"):
             batch.zero_padding()
-    batch = Batch(**parts | {"mask": parts["mask"][:, 1:]})
-    with pytest.raises(ValueError, match=r"^Batch\.\w+: shape .* expected .* the mask is"):
-        batch.zero_padding()
+    for wrong in (
+        {"prompt_ids": parts["prompt_ids"][1:], "prompt_mask": parts["prompt_mask"][1:]},
+        {"prompt_mask": parts["prompt_mask"][:, 1:]},
+        {"response_ids": parts["response_ids"][:, 1:]},
+        {"truncated": parts["truncated"][:, None]},
+        {"mask": parts["mask"][:, 1:]},
+    ):
+        batch = Batch(**parts | wrong)
+        with pytest.raises(ValueError, match=r"^Batch\.\w+: shape .* expected .* the mask is"):
+            batch.zero_padding()
 
 
 @pytest.mark.parametrize("name", [*TOKEN_FLOATS, "ref_states"])

@@ -124,11 +124,11 @@ def measure(policy: Policy) -> dict:
         "length": batch.mask.sum(1),
         "truncated": batch.truncated,
         "kl_pi_ref_sequence": new.kl_pi_ref.sum(1),
-        "k1_seq": (new.logprobs - ref_logprobs).sum(1),
+        "k1_sequence": (new.logprobs - ref_logprobs).sum(1),
     }
     per_token = {
         "entropy": new.entropy,
-        "ref_logprob_tok": ref_logprobs,
+        "ref_logprob_token": ref_logprobs,
         "kl_pi_ref_token": new.kl_pi_ref,
     }
     final = {name: x.float().mean() for name, x in per_response.items()}

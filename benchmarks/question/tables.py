@@ -118,7 +118,7 @@ def corners(rows: list[dict], epochs: int) -> str:
 
 def health(rows: list[dict]) -> str:
     """The other measurements of the corners, as means over the seeds."""
-    names = ("length", "entropy", "distinct", "ref_logprob_tok")
+    names = ("length", "entropy", "distinct", "ref_logprob_token")
     lines = [["the base", *(f"{reference(rows)[n]:.2f}" for n in names), "–", "–", "–"]]
     for epochs in (16, 4):
         for corner in CORNERS:

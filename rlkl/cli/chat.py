@@ -25,18 +25,16 @@ from rlkl.cli.run_commands import (
 )
 from rlkl.cli.schema import Chat
 from rlkl.errors import UserError
-from rlkl.plugins import resolve
 from rlkl.policy.model import context_of, sampling_params
 from rlkl.policy.policy import Policy
-from rlkl.rollout import SAMPLERS
-from rlkl.rollout.sampling import decode, draw_uniforms, encode, left_pad
+from rlkl.rollout.sampling import decode, draw_uniforms, encode, generate
 from rlkl.run import config
-from rlkl.run.build import pick_device
+from rlkl.run.build import Models, build_sampler, pick_device
 from rlkl.run.evaluate import stop_function
 from rlkl.run.schema import Config
 from rlkl.run.seeds import generator
 from rlkl.run.terminal import console, log_line
-from rlkl.types import Batch, SamplingParams
+from rlkl.types import Batch, Example, SamplingParams
 
 USAGE = "RUN [--prompt TEXT]"
 
@@ -59,7 +57,7 @@ def main(argv: list[str]) -> None:
     cfg = replace(run.cfg, task=saved_plugin(run, run.cfg.task))
     tokenizer, before, after = load_policies(cfg, folder, pick_device(options.device))
     backend = saved_plugin(run, cfg.sampling.backend)
-    sampler = resolve(backend, SAMPLERS, "sampling.backend")
+    sampler = build_sampler(backend)
     params = chat_params(options, cfg, after, tokenizer)
     max_new_tokens = options.max_new_tokens or cfg.sampling.max_new_tokens
     context = context_of(after.lm)
@@ -67,19 +65,18 @@ def main(argv: list[str]) -> None:
     prompts = typed_prompts() if only_prompt is None else [only_prompt]
     for number, prompt in enumerate(prompts):
         try:
-            prompt_ids = encode_prompt(tokenizer, prompt, max_new_tokens, context)
+            example = to_example(tokenizer, prompt, max_new_tokens, context)
         except UserError as error:
             if only_prompt is not None:
                 raise
             log_line(f"error: {error}")
             continue
-        ids, mask = left_pad([prompt_ids], params.pad_id, after.lm.device)
         rng = generator(options.seed, number, "chat")
-        uniforms = draw_uniforms(1, max_new_tokens, rng, ids.device)
-        responses = [
-            to_response(tokenizer, sampler(policy, ids, mask, uniforms, params))
-            for policy in (before, after)
-        ]
+        uniforms = draw_uniforms(1, max_new_tokens, rng, after.lm.device)
+        responses = []
+        for policy in (before, after):
+            models = Models(policy, tokenizer, sampler, params)
+            responses.append(to_response(tokenizer, generate(models, [example], uniforms, params)))
         print_responses(prompt, f"before: {cfg.model.name}", f"after: {folder.name}", responses)
 
 
@@ -114,16 +111,14 @@ def chat_params(options: Chat, cfg: Config, policy: Policy, tokenizer: Any) -> S
     return params._replace(stop=stop_function(tokenizer, cfg.eval.stop))
 
 
-def encode_prompt(
-    tokenizer: Any, prompt: str, max_new_tokens: int, context: int | None
-) -> list[int]:
-    """The token ids of a prompt, through the chat template where there is one.
+def to_example(tokenizer: Any, prompt: str, max_new_tokens: int, context: int | None) -> Example:
+    """A prompt as an Example: a user message where the tokenizer has a chat template.
 
     context: the model's, in tokens; None where it is not known. Raises UserError on an empty
     prompt, and on one that leaves no room for a response.
     """
-    messages = [{"role": "user", "content": prompt}]
-    ids = encode(tokenizer, messages if tokenizer.chat_template else prompt)
+    example = Example([{"role": "user", "content": prompt}] if tokenizer.chat_template else prompt)
+    ids = encode(tokenizer, example.prompt)
     if not ids:
         raise UserError("the prompt is empty")
     if context is not None and len(ids) + max_new_tokens > context:
@@ -131,7 +126,7 @@ def encode_prompt(
             f"the prompt has {len(ids)} tokens, a response up to {max_new_tokens}, the model's "
             f"context {context}: shorten the prompt, or lower max_new_tokens"
         )
-    return ids
+    return example
 
 
 def to_response(tokenizer: Any, batch: Batch) -> Response:

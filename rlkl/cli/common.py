@@ -40,7 +40,7 @@ def new_run(cfg: SupervisedConfig, command: str, argv: list[str]) -> Path:
 
 
 def open_log(cfg: SupervisedConfig, folder: Path) -> RunLog:
-    """The log of a new run."""
+    """The log of a new run, to be closed."""
     return RunLog(folder, asdict(cfg), wandb_mode=cfg.log.wandb, project=cfg.log.project, start=0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -40,7 +42,8 @@ def main(argv: list[str]) -> None:
             ref_logprobs = reference(batch).logprobs
         return dpo(policy(batch).logprobs, ref_logprobs, cfg.beta)
 
-    before, after = fit(cfg, policy, objective, train, heldout, open_log(cfg, folder))
+    with closing(open_log(cfg, folder)) as log:
+        before, after = fit(cfg, policy, objective, train, heldout, log)
     title = "held-out pairs; implicit rewards beta·log(pi/ref), in nats"
     finish(folder, policy.lm, tokenizer, before, after, title)
 

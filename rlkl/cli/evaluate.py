@@ -25,13 +25,13 @@ from rlkl.cli.schema import OfCheckpoint
 from rlkl.errors import UserError
 from rlkl.plugins import resolve
 from rlkl.policy.model import sampling_params
-from rlkl.rollout import SAMPLERS
 from rlkl.run import config
 from rlkl.run import folder as run_folder
 from rlkl.run.build import (
     TABLES,
     Heldout,
     Models,
+    build_sampler,
     build_scoring,
     heldout_examples,
     pick_device,
@@ -43,7 +43,7 @@ from rlkl.run.terminal import console, log_before_after, log_line
 from rlkl.tasks import TASKS
 
 # The options, and sections, that an evaluation reads. It samples at most prompts * group_size
-# rows at once.
+# rows at once, but all samples of a prompt together.
 READ = (
     "eval.prompts",
     "eval.samples",
@@ -125,12 +125,12 @@ def evaluate_both(
     cfg: Config, folder: Path, device: torch.device
 ) -> tuple[dict[str, float], dict[str, float], int]:
     """The held-out metrics before training and of the checkpoint, and the number of prompts."""
-    sampler = resolve(cfg.sampling.backend, SAMPLERS, "sampling.backend")
+    sampler = build_sampler(cfg.sampling.backend)
     task = resolve(cfg.task, TASKS, "task")("heldout")
     tokenizer, before, after = load_policies(cfg, folder, device)
     examples = heldout_examples(cfg, before, tokenizer, task)
     metrics = []
-    with build_scoring(cfg) as scoring, console.status("") as status:
+    with build_scoring(cfg, steps=1) as scoring, console.status("") as status:
         _, is_correct, grade = task_functions(cfg, task, scoring)
         heldout = Heldout(examples, is_correct, grade)
         for when, policy in (("before", before), ("after", after)):

@@ -16,21 +16,31 @@ from rlkl.errors import UserError
 from rlkl.plugins import resolve
 from rlkl.policy.model import load, sampling_params
 from rlkl.policy.policy import Policy
-from rlkl.rewards import REWARDS, Reward, compute_scores, from_task
-from rlkl.rollout import SAMPLERS
-from rlkl.rollout.sampling import decode, draw_uniforms, encode, left_pad
-from rlkl.run.build import dtype_of, model_name, pick_device
+from rlkl.rewards import Reward, compute_scores
+from rlkl.rewards.scoring import assemble
+from rlkl.rollout.sampling import decode, draw_uniforms, generate
+from rlkl.run.build import (
+    Models,
+    build_sampler,
+    build_scoring,
+    dtype_of,
+    filter_by_length,
+    model_name,
+    pick_device,
+    task_functions,
+)
 from rlkl.run.seeds import generator, sample_examples
 from rlkl.run.terminal import log_line
 from rlkl.supervised.data import collate, tokenize
 from rlkl.supervised.preferences import Pair
 from rlkl.supervised.schema import LabelConfig, LabelSampling
 from rlkl.tasks import TASKS
-from rlkl.tasks.read_jsonl import json_rows
+from rlkl.tasks.read_jsonl import is_prompt, json_rows
 from rlkl.types import Batch, Example
 
 ROWS = 512  # responses sampled at once
-Responses = tuple[list[Example], Batch]  # B rows: the example of each, and its response
+# B rows: the example of each, the text of its response, and both as tokens
+Responses = tuple[list[Example], list[str], Batch]
 
 
 def main(argv: list[str]) -> None:
@@ -45,17 +55,21 @@ def main(argv: list[str]) -> None:
         )
     device = pick_device(cfg.device)
     task = resolve(cfg.task, TASKS, "task")("train")
-    reward = resolve(cfg.reward, REWARDS, "reward") if cfg.reward else from_task(task.score)
-    name = model_name(cfg.model.name, task)
-    policy, tokenizer = load(name, device=device, dtype=dtype_of(cfg, device))
-    if cfg.responses is not None:
-        responses = read_responses(cfg.responses, tokenizer, policy)
-    else:
-        examples = [task[i] for i in range(len(task))]
-        prompts = min(cfg.sampling.prompts, len(task))
-        examples = sample_examples(examples, prompts, cfg.seed, step=0)
-        responses = sample_responses(policy, tokenizer, examples, cfg.sampling, cfg.seed)
-    pairs, ties = label_pairs(responses, reward, tokenizer, cfg.noise, cfg.seed)
+    with build_scoring(cfg, steps=1) as scoring:
+        reward, _, _ = task_functions(cfg, task, scoring)
+        if cfg.reward:
+            reward = assemble([cfg.reward], reward, scoring)
+        name = model_name(cfg.model.name, task)
+        policy, tokenizer = load(name, device=device, dtype=dtype_of(cfg, device))
+        if cfg.responses is not None:
+            responses = read_responses(cfg.responses, tokenizer, policy)
+        else:
+            prompts = min(cfg.sampling.prompts, len(task))
+            chosen = sample_examples(range(len(task)), prompts, cfg.seed, step=0)
+            examples = [task[i] for i in chosen]
+            examples = filter_by_length(cfg, policy, tokenizer, examples, "train")
+            responses = respond(policy, tokenizer, examples, cfg.sampling, cfg.seed)
+        pairs, ties = label_pairs(responses, reward, cfg.noise, cfg.seed)
     if not pairs:
         raise UserError(f"no pairs: for each of the {ties} prompts all responses scored the same")
     write_pairs(out, pairs)
@@ -65,22 +79,20 @@ def main(argv: list[str]) -> None:
     log_line(f"  {prompt!r}: chosen {first.chosen[:80]!r}, rejected {first.rejected[:80]!r}")
 
 
-def sample_responses(
+def respond(
     policy: Policy, tokenizer: Any, examples: Sequence[Example], sampling: LabelSampling, seed: int
 ) -> Iterator[Responses]:
     """`sampling.samples` responses to each example, rows "(n g)", about ROWS of them at once."""
     params = sampling_params(policy, tokenizer, sampling.temperature)
-    sampler = resolve(sampling.backend, SAMPLERS, "sampling.backend")
+    models = Models(policy, tokenizer, build_sampler(sampling.backend), params)
     rng = generator(seed, 0, "samples")
     prompts_at_once = max(ROWS // sampling.samples, 1)
     for start in range(0, len(examples), prompts_at_once):
         chunk = examples[start : start + prompts_at_once]
-        prompts = [encode(tokenizer, e.prompt) for e in chunk]
-        ids, mask = left_pad(prompts, params.pad_id, policy.lm.device)
         rows = len(chunk) * sampling.samples
-        uniforms = draw_uniforms(rows, sampling.max_new_tokens, rng, ids.device)
-        row_examples = [e for e in chunk for _ in range(sampling.samples)]
-        yield row_examples, sampler(policy, ids, mask, uniforms, params)
+        uniforms = draw_uniforms(rows, sampling.max_new_tokens, rng, policy.lm.device)
+        batch = generate(models, chunk, uniforms, params)
+        yield [e for e in chunk for _ in range(sampling.samples)], decode(tokenizer, batch), batch
 
 
 def read_responses(path: str, tokenizer: Any, policy: Policy) -> Iterator[Responses]:
@@ -97,12 +109,7 @@ def read_responses(path: str, tokenizer: Any, policy: Policy) -> Iterator[Respon
             )
         batch = collate([tokenize(tokenizer, prompt, responses)], 0, policy.lm.device)
         example = Example(prompt, str(row.pop("answer", "")), row)
-        yield [example] * len(responses), batch
-
-
-def is_prompt(value: object) -> bool:
-    """Is this text or a list of chat messages, and not empty?"""
-    return isinstance(value, str | list) and bool(value)
+        yield [example] * len(responses), responses, batch
 
 
 def are_responses(value: object) -> bool:
@@ -111,23 +118,23 @@ def are_responses(value: object) -> bool:
 
 
 def label_pairs(
-    batches: Iterable[Responses], reward: Reward, tokenizer: Any, noise: float, seed: int
+    batches: Iterable[Responses], reward: Reward, noise: float, seed: int
 ) -> tuple[list[Pair], int]:
     """The best and the worst response to each prompt, and the number of prompts without any.
 
-    A prompt has no pair where all its responses score the same. noise: see `best_wins`.
+    A prompt has no pair where all its responses score the same. A response without a score is left
+    out. noise: see `best_wins`.
     """
     rng = generator(seed, 0, "labels")
     pairs: list[Pair] = []
     ties = 0
-    for examples, batch in batches:
-        responses = decode(tokenizer, batch)
+    for examples, responses, batch in batches:
         scores = compute_scores(reward, examples, responses, batch)[0].cpu()
         for _, group in groupby(range(len(examples)), key=lambda row: id(examples[row])):
-            rows = list(group)
-            best = rows[int(scores[rows].argmax())]
-            worst = rows[int(scores[rows].argmin())]
-            if not scores[best] > scores[worst]:
+            rows = [row for row in group if not scores[row].isnan()]
+            best = max(rows, key=lambda row: scores[row], default=None)
+            worst = min(rows, key=lambda row: scores[row], default=None)
+            if best is None or worst is None or not scores[best] > scores[worst]:
                 ties += 1
                 continue
             if best_wins(scores[best] - scores[worst], noise, rng):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 
 from rich.table import Table
 from torch import Tensor
 
 from rlkl.cli.common import configure, finish, new_run, open_log
-from rlkl.cli.label import sample_responses
+from rlkl.cli.label import respond
 from rlkl.policy.model import load
 from rlkl.rewards.models import RewardModel, load_reward_model
-from rlkl.rollout.sampling import decode
 from rlkl.run.build import dtype_of, model_name, pick_device
 from rlkl.run.terminal import console, log_line
 from rlkl.supervised.data import Item, filter_by_length
@@ -41,7 +41,8 @@ def main(argv: list[str]) -> None:
 
     micro_tokens = cfg.optim.micro_tokens
     error_before, _ = heldout_calibration(model, heldout, micro_tokens)
-    before, after = fit(cfg, model, objective, train, heldout, open_log(cfg, folder))
+    with closing(open_log(cfg, folder)) as log:
+        before, after = fit(cfg, model, objective, train, heldout, log)
     error_after, bins = heldout_calibration(model, heldout, micro_tokens)
     before["calibration_error"] = error_before
     after["calibration_error"] = error_after
@@ -95,9 +96,9 @@ def reference_texts(
     examples = [Example(prompt) for prompt in prompts[: reference.prompts]]
     sampling = LabelSampling(samples=1, max_new_tokens=reference.max_new_tokens)
     rows = []
-    for chunk, batch in sample_responses(policy, tokenizer, examples, sampling, cfg.seed):
+    for chunk, responses, batch in respond(policy, tokenizer, examples, sampling, cfg.seed):
         finished = (~batch.truncated).tolist()
-        for e, response, ended in zip(chunk, decode(tokenizer, batch), finished, strict=True):
+        for e, response, ended in zip(chunk, responses, finished, strict=True):
             rows.append(model.tokenize(e.prompt, response, ended))
     return rows
 

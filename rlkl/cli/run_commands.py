@@ -99,7 +99,7 @@ def find_run(path: str) -> Run:
             f"{path}: not the folder of a run, there is no {config_path}; {existing_runs()}"
         )
     tree = config.read_yaml(config_path)
-    if not isinstance(tree.get("checkpoint"), dict):  # of rlkl sft, dpo or reward-model
+    if not is_of_train(tree):
         message = f"{path}: not a run of train.py"
         if (folder / "model").is_dir():
             message += f"; its model is an ordinary Hugging Face directory, {folder / 'model'}"
@@ -110,9 +110,15 @@ def find_run(path: str) -> Run:
         raise UserError(f"{path}: its config.yaml is not of this version: {error}") from error
 
 
+def is_of_train(tree: dict) -> bool:
+    """Is this a configuration of train.py? Those of rlkl sft, dpo and reward-model are others."""
+    return isinstance(tree.get("checkpoint"), dict)
+
+
 def existing_runs() -> str:
     """The end of a message: which runs there are."""
-    folders = sorted(str(p.parent) for p in Path("runs").glob("*/config.yaml"))
+    configs = Path("runs").glob("*/config.yaml")
+    folders = sorted(str(p.parent) for p in configs if is_of_train(config.read_yaml(p)))
     return f"there is {listed(folders)}" if folders else "there is no run under runs/"
 
 
@@ -137,10 +143,9 @@ def find_checkpoint(run: Run, step: str) -> Path:
         return run.checkpoint
     folders = {str(int(p.name.removeprefix("step-"))): p for p in checkpoint_folders(run)}
     if not folders:
-        raise UserError(
-            f"{run.folder}: no checkpoint yet; one is written at the end, and every "
-            f"checkpoint.every={run.cfg.checkpoint.every} steps"
-        )
+        every = run.cfg.checkpoint.every
+        and_every = f", and every checkpoint.every={every} steps" if every else ""
+        raise UserError(f"{run.folder}: no checkpoint yet; one is written at the end{and_every}")
     steps = list(folders)
     aliases = {"last": steps[-1]}
     best_step = read_state(folders[steps[-1]])["best_step"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ def main(argv: list[str]) -> None:
     def objective(items: list[Item]) -> tuple[Tensor, dict[str, Tensor]]:
         return cross_entropy(policy(collate(items, pad_id, device)).logprobs)
 
-    log = open_log(cfg, folder)
-    before, after = fit(cfg, policy, objective, train, heldout, log, count_response_tokens)
+    with closing(open_log(cfg, folder)) as log:
+        before, after = fit(cfg, policy, objective, train, heldout, log, count_response_tokens)
     title = "held out; loss in nats per token of the solutions"
     finish(folder, policy.lm, tokenizer, before, after, title)
 

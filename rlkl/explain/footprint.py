@@ -50,7 +50,7 @@ class Memory(NamedTuple):
     masters: int  # float32 copies of bf16 weights
     moments: int  # AdamW's two
     kv_cache: int
-    choices: int  # to pick a token: logits, probabilities, their sums, a float32 unembedding
+    sampling_logits: int  # with their probabilities and sums, and a float32 unembedding
     gradients: int
     activations: int  # saved for the backward pass, and one more layer that is being computed
     logits: int
@@ -62,7 +62,7 @@ class Memory(NamedTuple):
 
     @property
     def sampling(self) -> int:
-        return self.kv_cache + self.choices
+        return self.kv_cache + self.sampling_logits
 
     @property
     def learning(self) -> int:
@@ -136,17 +136,18 @@ def memory(cfg: Config, config: Any, longest: int, width: int, exact: bool, cuda
     has_reference = cfg.model.reference and not cfg.lora.r  # LoRA: the policy without its adapter
     sampled_rows = concurrent_rows(cfg, cuda)
     row_tokens = cfg.sampling.rows * length
-    response_tokens = min(cfg.optim.micro_tokens, row_tokens) * cfg.sampling.max_new_tokens
+    micro_rows = min(cfg.optim.micro_tokens, row_tokens) / length
+    response_tokens = int(micro_rows * cfg.sampling.max_new_tokens)
     return Memory(
         weights=(count.policy + critic_network) * width + critic_head * wide,
         reference=count.policy * width if has_reference else 0,
         masters=0 if offload else masters,
         moments=0 if offload else moments,
         kv_cache=sampled_rows * length * kv_bytes_per_token(text, width),
-        choices=choice_bytes(text, sampled_rows, width, cuda),
+        sampling_logits=sampling_logits_bytes(text, sampled_rows, width, cuda),
         gradients=trained,
         activations=activations(cfg, config, length, DTYPES[width]),
-        logits=logits(cfg, response_tokens // length, text.vocab_size, wide, exact, cuda),
+        logits=logits(cfg, response_tokens, text.vocab_size, wide, exact, cuda),
         host=masters + moments if offload else 0,
     )
 
@@ -169,7 +170,7 @@ def kv_bytes_per_token(text: Any, width: int) -> int:
     return 2 * text.num_hidden_layers * heads * head_size * width
 
 
-def choice_bytes(text: Any, rows: int, width: int, cuda: bool) -> int:
+def sampling_logits_bytes(text: Any, rows: int, width: int, cuda: bool) -> int:
     """What picking a token from the logits takes: two (B, V) tensors, and two of float64.
 
     A CPU multiplies bf16 hidden states by a float32 copy of the unembedding.
@@ -257,7 +258,7 @@ def memory_lines(plan: Memory) -> Iterator[tuple[str, dict[str, float]]]:
     lines = [
         "memory    {resident_gb} GB: weights {weights_gb}, reference {reference_gb}, "
         "masters {masters_gb}, moments {moments_gb}",
-        "sampling  {sampling_gb} more: KV cache {kv_cache_gb}, logits {choices_gb}",
+        "sampling  {sampling_gb} more: KV cache {kv_cache_gb}, logits {sampling_logits_gb}",
         "learning  {learning_gb} more: gradients {gradients_gb}, activations {activations_gb}, "
         "logits {logits_gb}",
     ]
@@ -297,7 +298,8 @@ def plan(cfg: Config, exact: bool, device: torch.device, task: Any) -> list[str]
 
 
 def remedies(cfg: Config, longest: int) -> Iterator[tuple[str, Config]]:
-    """Changes that save memory: each alone, then all that leave the rollout as it is."""
+    """Changes that save memory: four that leave the rollout as it is, alone and together, then
+    half the prompts."""
     half = max(cfg.sampling.prompts // 2, 1)
     one_row = longest + cfg.sampling.max_new_tokens
     micro_tokens = min(cfg.optim.micro_tokens, max(one_row, cfg.optim.micro_tokens // 4))

@@ -24,9 +24,8 @@ from rlkl.policy.policy import Policy
 from rlkl.types import Batch
 
 IMPOSSIBLE = -1e4  # a logit whose probability is exactly 0, and so is its gradient
-MIN_PROBABILITY = (
-    1e-300  # a probability is clamped here before it divides, or its logarithm is taken
-)
+# A probability is clamped here before it divides, or its logarithm is taken.
+MIN_PROBABILITY = 1e-300
 
 
 class Game(NamedTuple):

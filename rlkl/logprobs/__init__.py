@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from rlkl.logprobs.reference import TokenStats, reference, vocabulary
-from rlkl.logprobs.reference import head_logits as head_logits
 from rlkl.logprobs.tile_torch import TORCH, TileFunctions
 from rlkl.logprobs.tiled import tiled
 from rlkl.types import Head
@@ -72,8 +71,8 @@ def choose_backend(rows: int, head: Head) -> str:
     """The backend of `auto`: reference where all logits fit the budget, else tiles."""
     if rows * vocabulary(head) * 4 <= LOGITS_BUDGET:
         return "reference"
-    on_cuda = head.weight.is_cuda and head.weight.dtype != torch.float64
-    return "fused" if on_cuda and importlib.util.find_spec("triton") else "tiled"
+    kernels_apply = head.weight.is_cuda and head.weight.dtype != torch.float64
+    return "fused" if kernels_apply and importlib.util.find_spec("triton") else "tiled"
 
 
 def in_tiles(

@@ -7,7 +7,8 @@ The sampler's log-probs (mu) and those of the training forward pass (pi_old) dif
 round differently. Two corrections, off by default (`mismatch`):
 
     truncated importance sampling   advantages · min(pi_old/mu, cap), once per step. Right for every
-                                    policy loss, as each is positively homogeneous in A.
+                                    policy loss, as each is positively homogeneous in A; only the
+                                    penalty of kl_cov does not depend on A, and stays as it is.
     rejection                       weight 0 where pi_old/mu is out of bounds. It comes after the
                                     denominators, so the tokens that are left do not count for more.
 """

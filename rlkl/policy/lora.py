@@ -75,10 +75,13 @@ def check_layers(lm: Any, target_modules: str | list[str], modules_to_save: list
     """UserError on the first name that no layer ends with. PEFT ignores a wrong name in a list."""
     targets = target_modules if isinstance(target_modules, list) else []
     layers = [name for name, _ in lm.named_modules()]
-    for name in (*targets, *modules_to_save):
-        if not any(layer.endswith(name) for layer in layers):
-            choices = ", ".join(linear_layers(lm))
-            raise UserError(f"lora: no layer is named {name!r}; choose from {choices}, or others")
+    for option, names in (("target_modules", targets), ("modules_to_save", modules_to_save)):
+        for name in names:
+            if not any(layer.endswith(name) for layer in layers):
+                choices = ", ".join(linear_layers(lm))
+                raise UserError(
+                    f"lora.{option}: no layer is named {name!r}; the linear layers are {choices}"
+                )
 
 
 def linear_layers(lm: Any) -> list[str]:

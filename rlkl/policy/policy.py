@@ -128,7 +128,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def constant_states(self, batch: Batch) -> Tensor:
-        """`states` of a reference, without gradients: those kept with the rollout, if there are."""
+        """`states` of a reference: those that the rollout kept, else computed without gradients."""
         return self.states(batch) if batch.ref_states is None else batch.ref_states
 
     def logits(self, states: Tensor) -> Tensor:

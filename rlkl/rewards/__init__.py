@@ -124,7 +124,8 @@ def with_overlong(reward: Reward, max_tokens: int, buffer: int, coef: float) -> 
     ) -> tuple[Scores, dict[str, Tensor]]:
         scores, parts = compute_scores(reward, examples, responses, batch)
         penalty = coef * overlong(batch.mask, max_tokens, buffer)
-        parts = parts or {"score": scores}
+        if not parts.keys() - {"failed"}:
+            parts = {"score": scores, **parts}
         return nan_to_none(scores + penalty), parts | {"overlong": penalty}
 
     return shaped

@@ -80,7 +80,7 @@ def encode_question(
         prompt = "\n".join(f"{m.get('role', '')}: {m.get('content', '')}" for m in prompt)
     try:
         text = template.format(principle=principle, prompt=prompt, response=response)
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"reward.template: only {{principle}}, {{prompt}} and {{response}} are known: {error}"
         ) from error

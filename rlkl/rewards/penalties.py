@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rlkl.errors import UserError
 from rlkl.types import Batch, Example
 
 
@@ -29,10 +30,10 @@ def repetition(
     """(B,) -coef · (1 - distinct n-grams / n-grams) of the response's tokens.
 
     Yeo et al. 2025, arXiv:2502.03373, app. C.2. 0 for a response shorter than n. Open-R1 counts
-    words; tokens work for any language. Raises ValueError unless n >= 1.
+    words; tokens work for any language. Raises UserError unless n >= 1.
     """
     if n < 1:
-        raise ValueError(f"reward.n={n}: an n-gram has at least one token; set n >= 1")
+        raise UserError(f"reward.n={n}: an n-gram has at least one token; set n >= 1")
     repeated = torch.tensor([repeated_fraction(ids, n) for ids in batch.responses()])
     return -coef * repeated.to(batch.mask.device), {}
 

@@ -212,4 +212,5 @@ def part_name(reward: str, taken: Sequence[str]) -> str:
     name = reward.rpartition(":")[2]
     if name not in taken:
         return name
-    return f"{name}-{sum(other.startswith(name) for other in taken) + 1}"
+    same = [other for other in taken if other.partition("-")[0] == name]
+    return f"{name}-{len(same) + 1}"

@@ -15,7 +15,7 @@ from rlkl.rollout.sampling import first_above, pick, widest_float
 from rlkl.types import SamplingParams
 
 TILE = 64  # ids that are summed at once
-TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def one_pass(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def one_pass(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[
     if params.temperature == 0 or params.top_k or params.top_p < 1 or params.min_p:
         return pick(logits, uniforms, params)
     logits = logits[:, : params.vocab_size]
-    if logits.is_cuda and logits.dtype == torch.float32 and TRITON:
+    if logits.is_cuda and logits.dtype == torch.float32 and HAS_TRITON:
         from rlkl.rollout.sampling_triton import inverse_cdf as kernel
 
         return kernel(logits, uniforms, params.temperature)

@@ -18,8 +18,8 @@ from rlkl.errors import ChatError, first_line
 from rlkl.types import Batch, Example, SamplingParams
 
 
-class Sampler(Protocol):
-    """What it takes to sample: `Models` has it."""
+class SamplingModels(Protocol):
+    """What `generate` reads of `run.build.Models`."""
 
     policy: Any
     tokenizer: Any
@@ -27,7 +27,7 @@ class Sampler(Protocol):
 
 
 def generate(
-    models: Sampler, examples: Sequence[Example], uniforms: Tensor, params: SamplingParams
+    models: SamplingModels, examples: Sequence[Example], uniforms: Tensor, params: SamplingParams
 ) -> Batch:
     """B responses to N prompts, B // N each: one row of uniforms (B, T) for each response.
 

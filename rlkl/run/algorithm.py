@@ -6,7 +6,7 @@ They are looked up, their options are bound, and they are tried once on a small 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -16,30 +16,24 @@ from rlkl.errors import UserError
 from rlkl.kl import KL, KL_LOSSES, KL_OLD_LOSSES, REFUSED
 from rlkl.losses import LOSSES, SELECTORS, Loss
 from rlkl.plugins import resolve
-from rlkl.run.check_plugins import check_plugins, needs_exact_kl
+from rlkl.run.check_plugins import check_kl, check_plugins, needs_exact_kl
 from rlkl.run.schema import Config
 from rlkl.types import Batch, Rollout
 
 
-def not_built(*args: Any) -> Rollout:
-    raise RuntimeError("rollout is set by build(cfg, generate_and_score)")
-
-
 @dataclass
 class Algorithm:
-    """Functions with their options bound, and what of a step they need."""
+    """The functions of a configuration, with their options bound, and what they read."""
 
     advantage: Callable[..., Advantages]  # (rewards, values, mask, group_size=)
     policy_loss: Callable[..., Loss]  # (new, batch)
-    kl_ref: Callable[
-        ..., Tensor
-    ]  # in the reward (logprobs, ref_logprobs), in the loss (new, batch)
+    kl_ref: Callable[..., Tensor]  # (new, batch); in the reward (logprobs, ref_logprobs)
     kl_old: Callable[..., Tensor]  # (new, batch)
     selector: Callable[[Batch, Tensor], Tensor] | None  # (batch, uniforms)
     exact_kl: bool  # kl_ref reads exact KLs, so it needs the reference's hidden states
     reads_old_logprobs: bool  # else pi_old is the pi of the only update, and is not computed twice
-    gamma: float  # the discount of V(s_T), with truncation=bootstrap
-    rollout: Callable[..., Rollout] = not_built  # (cfg, models, data, state, prompts, rng)
+    gamma: float  # the discount of V after the last token, with truncation=bootstrap
+    rollout: Callable[..., Rollout] = field(init=False)  # (cfg, models, data, state, prompts, rng)
 
 
 def resolve_algorithm(cfg: Config) -> Algorithm:
@@ -62,6 +56,10 @@ def resolve_algorithm(cfg: Config) -> Algorithm:
         selector=selector,
     )
     kl_ref, kl_old = kl_terms(cfg)
+    if kl_in_reward(cfg):
+        check_kl(kl_ref, "kl_ref.estimator", in_reward=True)
+    if cfg.kl_old.coef > 0:
+        check_kl(kl_old, "kl_old.estimator", in_reward=False)
     in_loss = cfg.kl_ref.coef > 0 and cfg.kl_ref.place == "loss"
     return Algorithm(
         advantage=advantage,
@@ -105,8 +103,9 @@ def bootstrap_discount(cfg: Config, options: dict[str, Any]) -> float:
         return 1.0
     if "gamma" not in options:
         raise UserError(
-            f"truncation=bootstrap pays gamma · V(s_T), and advantage.name={cfg.advantage['name']} "
-            "has no option gamma: choose gae, or truncation=terminal or mask"
+            f"truncation=bootstrap pays gamma · V after the last token, and "
+            f"advantage.name={cfg.advantage['name']} has no option gamma: choose gae, "
+            "or truncation=terminal or mask"
         )
     return options["gamma"]
 

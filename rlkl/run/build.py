@@ -29,7 +29,7 @@ from rlkl.run.algorithm import Algorithm, resolve_algorithm
 from rlkl.run.dynamic_sampling import GenerateAndScore, with_dynamic_sampling
 from rlkl.run.schema import Config
 from rlkl.run.seeds import derive_seed, sample_examples
-from rlkl.run.terminal import console, note
+from rlkl.run.terminal import console, log_line, note
 from rlkl.supervised.tiny import cached_base
 from rlkl.tasks import TASKS, Addition
 from rlkl.types import Batch, Example, SamplingParams
@@ -88,25 +88,27 @@ def build(
     warn(cfg, algorithm, task, device): called before a model is loaded.
     """
     device = pick_device(cfg.device)
+    log_line(f"device: {device}")
     algorithm = resolve_algorithm(cfg)
     algorithm.rollout = with_dynamic_sampling(cfg, generate_and_score)
+    sampler = build_sampler(cfg.sampling.backend)
     make_task = resolve(cfg.task, TASKS, "task")
-    task = make_task("train")
-    scoring = build_scoring(cfg)
+    task, heldout_task = make_task("train"), make_task("heldout")
+    scoring = build_scoring(cfg, cfg.optim.steps)
     reward, is_correct, grade = build_reward(cfg, task, scoring, device)
     warn(cfg, algorithm, task, device)
-    models = build_models(cfg, task, device)
+    models = build_models(cfg, task, sampler, device)
     heldout = Heldout(
-        heldout_examples(cfg, models.policy, models.tokenizer, make_task("heldout")),
-        is_correct,
-        grade,
+        heldout_examples(cfg, models.policy, models.tokenizer, heldout_task), is_correct, grade
     )
     examples = [task[i] for i in range(len(task))]
     train = filter_by_length(cfg, models.policy, models.tokenizer, examples, "train")
     return models, algorithm, Data(train, heldout, reward, scoring)
 
 
-def build_models(cfg: Config, task: Any, device: torch.device) -> Models:
+def build_models(
+    cfg: Config, task: Any, sampler: Callable[..., Batch], device: torch.device
+) -> Models:
     """Policy, reference and optimizer; with `resume` the policy of the newest checkpoint.
 
     The reference is the first policy, also where a run is resumed.
@@ -129,7 +131,7 @@ def build_models(cfg: Config, task: Any, device: torch.device) -> Models:
     models = Models(
         policy=policy,
         tokenizer=tokenizer,
-        sampler=build_sampler(cfg.sampling.backend),
+        sampler=sampler,
         params=sampling_params(policy, tokenizer, cfg.sampling.temperature),
         reference=reference,
     )
@@ -145,14 +147,20 @@ def build_models(cfg: Config, task: Any, device: torch.device) -> Models:
 
 
 def build_sampler(backend: dict[str, Any]) -> Callable[..., Batch]:
-    """A rollout backend. What a plug-in returns is checked, and set to 0 outside the mask."""
+    """A rollout backend. What a plug-in returns is checked, and set to 0 outside the mask.
+
+    Raises UserError as `resolve` does.
+    """
     sampler = resolve(backend, SAMPLERS, "sampling.backend")
     if backend["name"] in SAMPLERS:
         return sampler
 
     def checked(*args: Any) -> Batch:
         batch = sampler(*args)
-        batch.zero_padding()
+        try:
+            batch.zero_padding()
+        except ValueError as error:
+            raise UserError(f"sampling.backend.name={backend['name']}: {error}") from error
         return batch
 
     return checked
@@ -209,15 +217,15 @@ def model_name(name: str, task: Any = None) -> str:
 # ------------------------------------------------------------------ rewards
 
 
-def build_scoring(cfg: Config) -> Scoring:
-    """The processes that run reward functions; none is started yet."""
-    return Scoring(**asdict(cfg.scoring), steps=cfg.optim.steps, say=note)
+def build_scoring(cfg: Any, steps: int) -> Scoring:
+    """The processes that run reward functions in a run of so many steps; none is started yet."""
+    return Scoring(**asdict(cfg.scoring), steps=steps, say=note)
 
 
 def build_reward(
     cfg: Config, task: Any, scoring: Scoring, device: torch.device
 ) -> tuple[Reward, Callable[[Example, str], bool], Callable[[Example, str], dict[str, float]]]:
-    """The reward of the run; and of the task, is a response correct, and its grades."""
+    """(reward of the run, `is_correct` of the task, `grade` of the task)."""
     reward, is_correct, grade = task_functions(cfg, task, scoring)
     if cfg.reward:
         sections = cfg.reward if isinstance(cfg.reward, list) else [cfg.reward]
@@ -230,9 +238,9 @@ def build_reward(
 
 
 def task_functions(
-    cfg: Config, task: Any, scoring: Scoring
+    cfg: Any, task: Any, scoring: Scoring
 ) -> tuple[Reward, Callable[[Example, str], bool], Callable[[Example, str], dict[str, float]]]:
-    """The task's score as a reward; is a response correct; its grades, none where it has none."""
+    """The task's score as a reward, its `is_correct`, and its `grade`: {} where it has none."""
     reward, score = from_task(task.score), task.score
     if cfg.task["name"] not in TASKS:  # user code
         reward, score = scoring.task(cfg.task, task.score)
@@ -243,7 +251,7 @@ def task_functions(
 def is_correct(
     score: Callable[[Example, str], float | dict[str, float]], example: Example, response: str
 ) -> bool:
-    """A score, or a sum of named parts, of at least 1."""
+    """Whether the score, or the sum of its named parts, is at least 1."""
     scored = call_task("score", score, example, response)
     total = sum(scored.values()) if isinstance(scored, dict) else scored
     return total >= 1
@@ -285,7 +293,7 @@ def heldout_examples(
 
 
 def filter_by_length(
-    cfg: Config,
+    cfg: Any,
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     examples: list[Example],

@@ -60,9 +60,15 @@ def check_advantage(
     except Exception as error:
         raise UserError(f"advantage.name={name}: {reason(error)}") from error
     if all_zero:
+        where = f"advantage.name={name} with sampling.group_size={group_size}"
+        if group_size == 1:
+            raise UserError(
+                f"{where} is zero for every response, so nothing would be learned: choose "
+                "sampling.group_size >= 2"
+            )
         raise UserError(
-            f"advantage.name={name} with sampling.group_size={group_size} is zero for every "
-            "response, so nothing would be learned: choose sampling.group_size >= 2"
+            f"{where} is zero for every response of a random batch in which one response of each "
+            "group is right, so nothing would be learned: look at its options"
         )
     if critic and batch.returns is None:
         raise UserError(
@@ -90,6 +96,24 @@ def check_loss(
     if not per_token.requires_grad:
         raise UserError(
             f"loss.name={name}: its loss does not depend on new.logprobs, so it has no gradient"
+        )
+
+
+def check_kl(kl: Callable[..., Tensor], option: str, *, in_reward: bool) -> None:
+    """UserError where a KL estimator fails on a random batch, or returns no (B, T) tensor.
+
+    in_reward: it takes (logprobs, ref_logprobs), and (new, batch) otherwise.
+    """
+    batch, new = random_batch(4, critic=False)
+    try:
+        arguments = (batch.old_logprobs, batch.ref_logprobs) if in_reward else (new, batch)
+        shape = tuple(kl(*arguments).shape)
+    except Exception as error:
+        raise UserError(f"{option}: {reason(error)}") from error
+    if shape != tuple(batch.mask.shape):
+        raise UserError(
+            f"{option}: must return a (B, T) tensor; for a {tuple(batch.mask.shape)} batch it "
+            f"returned {shape}"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
@@ -31,9 +30,13 @@ RENAMED = {  # what a configuration of version 0.1 may still say → what to wri
     "loss.entropy_coef": "entropy.coef",
     "loss.clip": "loss.epsilon",
     "loss.clip_high": "loss.epsilon_high",
-    "loss=ppo": "loss=clip with advantage=gae and critic.kind=head (PPO and GRPO share the loss)",
+    "task.paid": "task.method (strict or flexible)",
+    "loss=ppo": (
+        "loss=clip with advantage=gae and critic.kind=head (PPO and GRPO share the loss; its "
+        "loss.cap is loss.delta)"
+    ),
     "loss=grpo": "loss=clip with advantage=grpo (PPO and GRPO share the loss)",
-    "loss=dual_clip": "loss=clip with loss.delta=3.0",
+    "loss=dual_clip": "loss=clip with loss.delta=3.0, which was loss.cap",
 }
 
 
@@ -76,7 +79,8 @@ def build(tree: dict, schema: type[S] = Config) -> S:
 
     Raises UserError naming the option, the value and the choices.
     """
-    refuse_old_names(tree)
+    if schema is Config:
+        refuse_old_names(tree)
     try:
         return TypeAdapter(schema).validate_python(tree)
     except ValidationError as error:
@@ -109,12 +113,13 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
 
 def refuse_old_names(tree: dict) -> None:
     """UserError where an option has the name that it had in version 0.1, with its new name."""
-    loss = tree.get("loss")
-    name = str(loss.get("name")) if isinstance(loss, dict) else ""
-    used = [f"loss={name}"]
+    used = []
     for section, options in tree.items():
-        own_loss = section == "loss" and ":" in name  # a user's own, with options of its own
-        if isinstance(options, dict) and not own_loss:
+        if not isinstance(options, dict):
+            continue
+        name = str(options.get("name", ""))
+        used.append(f"{section}={name}")
+        if ":" not in name:  # a user's own function has options of its own
             used += [f"{section}.{option}" for option in options]
     for old in used:
         if old in RENAMED:
@@ -185,11 +190,9 @@ def options(
 
 def shown_type(kind: Any) -> str:
     """The type of an option as --help prints it."""
-    text = re.sub(r"typing\.|<class '(\w+)'>", r"\1", str(kind)).replace(
-        "dict[str, Any]", "plug-in"
-    )
-    choices = functools.partial(re.sub, r"'|, ", lambda m: " | " if m[0] == ", " else "")
-    return re.sub(r"Literal\[(.*)\]", lambda m: choices(m[1]), text)
+    text = re.sub(r"typing\.|<class '(\w+)'>", r"\1", str(kind))
+    text = text.replace("dict[str, Any]", "plug-in")
+    return re.sub(r"Literal\[(.*)\]", lambda m: m[1].replace("'", "").replace(", ", " | "), text)
 
 
 def description(section: type, name: str) -> str:

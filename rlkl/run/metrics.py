@@ -19,16 +19,15 @@ from torch import Tensor
 from rlkl.types import Batch, Rollout, nonzero_variance
 
 PHASES = ("rollout", "logprobs", "update")  # of a training step
-PEAKS = {"ratio_mean": torch.zeros(()), "sampler_gap": torch.zeros(())}
 
 
 @dataclass
 class Meters:
-    """Over all tokens of a step's updates: the sum of each metric, and two maxima."""
+    """What the updates of a step add up: () tensors, by the name of a diagnostic."""
 
     tokens: int = 0
-    sums: dict[str, Any] = field(default_factory=partial(defaultdict, float))
-    peaks: dict[str, Tensor] = field(default_factory=PEAKS.copy)
+    sums: dict[str, Any] = field(default_factory=partial(defaultdict, float))  # over all tokens
+    peaks: dict[str, list[Tensor]] = field(default_factory=partial(defaultdict, list))
 
 
 def rollout_metrics(rollout: Rollout, group_size: int) -> dict[str, float]:
@@ -80,7 +79,7 @@ def advantage_metrics(batch: Batch) -> dict[str, float]:
 
 
 def update_metrics(meters: Meters, mask: Tensor) -> dict[str, float]:
-    """Means over all tokens of a step's updates, however they were cut, and what follows from them.
+    """Means over all tokens of a step's updates, however they were cut; `_max` is the largest.
 
     effective_sample_size: (mean ratio)² / mean ratio², 1 while pi is pi_old.
     kl_pi_ref_sequence: nats per response, the sum over its tokens.
@@ -88,8 +87,7 @@ def update_metrics(meters: Meters, mask: Tensor) -> dict[str, float]:
     if not meters.tokens:
         return {}
     row = {name: float(total) / meters.tokens for name, total in meters.sums.items()}
-    row["ratio_max"] = float(meters.peaks["ratio_mean"])
-    row["sampler_gap_max"] = float(meters.peaks["sampler_gap"])
+    row |= {name: float(max(peaks)) for name, peaks in meters.peaks.items()}
     row["effective_sample_size"] = row.pop("ratio_mean") ** 2 / row.pop("ratio_square")
     if "kl_pi_ref_token" in row:
         tokens, responses = int(mask.sum()), int(mask.any(1).sum())

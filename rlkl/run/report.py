@@ -68,7 +68,7 @@ class RunSummary(NamedTuple):
 def write(
     folder: Path, rows: list[dict], before: dict[str, float], after: dict[str, float]
 ) -> None:
-    """Write report.md, metrics.png and heldout.json into the run folder."""
+    """Write report.md and heldout.json, and with matplotlib metrics.png into the run folder."""
     heldout = json.dumps({"before": before, "after": after}, indent=1)
     (folder / "heldout.json").write_text(heldout, encoding="utf-8")
     figure = draw(rows)

@@ -279,7 +279,7 @@ class Config:
     scoring: Scoring = field(default_factory=Scoring)
     sampling: Sampling = field(default_factory=Sampling)
     truncation: Literal["terminal", "bootstrap", "mask"] = "terminal"
-    """a truncated response: ends there, is worth gamma·V(s_T) more, or is not trained on"""
+    """a truncated response: ends there, is worth gamma · V after it more, or is not trained on"""
     overlong: Overlong = field(default_factory=Overlong)
     mismatch: Mismatch = field(default_factory=Mismatch)
     advantage: Plugin = plugin("grpo")
@@ -340,9 +340,14 @@ class Config:
             raise ValueError(
                 f"mismatch.low={self.mismatch.low} is above mismatch.high={self.mismatch.high}"
             )
+        if self.critic.warmup and self.critic.kind == "none":
+            raise ValueError(
+                f"critic.warmup={self.critic.warmup} trains the critic alone, and there is none: "
+                "set critic.kind=head or network, or critic.warmup=0"
+            )
         if self.truncation == "bootstrap" and self.critic.kind == "none":
             raise ValueError(
-                "truncation=bootstrap needs V(s_T): set critic.kind=head or network, or "
+                "truncation=bootstrap needs a critic's V: set critic.kind=head or network, or "
                 "truncation=terminal or mask"
             )
         return self

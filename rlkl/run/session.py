@@ -77,13 +77,15 @@ class Session:
         state, cfg = self.state, self.cfg
         state.step += 1
         save = is_time(state.step, cfg.checkpoint.every)
-        if is_time(state.step, cfg.eval.every):
-            heldout = self.evaluate(samples=1)
-            metrics |= {f"eval/{name}": x for name, x in heldout.items()}
-            if heldout["accuracy"] > state.best_accuracy:
-                state.best_accuracy, state.best_step = heldout["accuracy"], state.step
-                save = True
-        self.log_metrics(metrics, sample)
+        try:
+            if is_time(state.step, cfg.eval.every):
+                heldout = self.evaluate(samples=1)
+                metrics |= {f"eval/{name}": x for name, x in heldout.items()}
+                if heldout["accuracy"] > state.best_accuracy:
+                    state.best_accuracy, state.best_step = heldout["accuracy"], state.step
+                    save = True
+        finally:  # also where a task fails to grade: the step is done, and open_run saves it
+            self.log_metrics(metrics, sample)
         if save:
             self.save()
         self.advance(state.step)

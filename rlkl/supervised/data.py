@@ -72,9 +72,11 @@ def filter_by_length(items: Iterable[Item], max_tokens: int | None, kind: str) -
     """The items of at most `max_tokens` tokens, all of whose responses have tokens.
 
     kind: "rows" or "pairs", for the note that says how many were dropped. Raises UserError where
-    none is left.
+    there is none, and where none is left.
     """
     items = list(items)
+    if not items:
+        raise UserError(f"there are no {kind}")
     fitting = [
         item
         for item in items
@@ -82,7 +84,9 @@ def filter_by_length(items: Iterable[Item], max_tokens: int | None, kind: str) -
     ]
     dropped = len(items) - len(fitting)
     if dropped:
-        message = f"{dropped} of {len(items)} {kind} have no tokens, or more than {max_tokens}"
+        message = f"{dropped} of {len(items)} {kind} have a response without tokens"
+        if max_tokens is not None:
+            message += f", or more than {max_tokens} tokens"
         if not fitting:
             raise UserError(
                 f"{message}; none is left: raise max_tokens, or take a model with a longer context"

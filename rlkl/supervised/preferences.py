@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlkl.errors import UserError
-from rlkl.tasks.read_jsonl import json_rows
+from rlkl.tasks.read_jsonl import is_prompt, json_rows
 
 # ------------------------------------------------------------------ the file
 
@@ -46,7 +46,7 @@ def parse_pair(row: dict, where: str) -> Pair:
             f"{where}: the row has no {missing[0]!r}; it needs prompt, chosen and rejected"
         )
     prompt = row["prompt"]
-    if not isinstance(prompt, str | list) or not prompt:
+    if not is_prompt(prompt):
         raise UserError(f"{where}: prompt must be text or chat messages")
     truncated = row.get("truncated", (False, False))
     if not isinstance(truncated, list | tuple) or [type(x) for x in truncated] != [bool, bool]:

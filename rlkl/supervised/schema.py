@@ -15,7 +15,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from rlkl.run.schema import STRICT, Beta, Log, Plugin, plugin
+from rlkl.run.schema import STRICT, Beta, Log, Plugin, Scoring, plugin
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -137,6 +137,8 @@ class LabelSampling:
     """responses to each; the best and the worst make a pair"""
     max_new_tokens: PositiveInt = 64
     """the longest response, in tokens"""
+    max_prompt_tokens: PositiveInt | None = None
+    """longer prompts are dropped; by default what the model's context leaves"""
     temperature: PositiveFloat = 1.0
     """of sampling"""
 
@@ -157,6 +159,7 @@ class LabelConfig:
     """JSONL file of {"prompt": …, "responses": [… , …]} rows to label; nothing is sampled then"""
     reward: Plugin | None = None
     """what labels: judge, reward_model, file.py:function; by default the task's score"""
+    scoring: Scoring = field(default_factory=Scoring)
     noise: NonNegativeFloat = 0.0
     """0 = the higher score wins; else it wins with probability sigmoid(difference / noise)"""
 

@@ -42,8 +42,8 @@ def bounded(function: Callable[..., T], *args: object, otherwise: T, seconds: fl
         if time.thread_time() > deadline:
             raise JudgeTimeout
 
-    def print_unraisable(unraisable: Any) -> None:
-        # Python only prints what is raised in a destructor. The next tick raises it again.
+    def skip_timeout(unraisable: Any) -> None:
+        # In a destructor the timeout would only be printed. The next tick raises it again.
         if unraisable.exc_type is not JudgeTimeout:
             previous_hook(unraisable)
 
@@ -51,7 +51,7 @@ def bounded(function: Callable[..., T], *args: object, otherwise: T, seconds: fl
     limited = has_signals and threading.current_thread() is threading.main_thread()
     previous_handler = signal.signal(signal.SIGVTALRM, check_clock) if limited else None
     previous_hook = sys.unraisablehook
-    sys.unraisablehook = print_unraisable
+    sys.unraisablehook = skip_timeout
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -6,7 +6,7 @@ import random
 from typing import Any, NamedTuple
 
 from rlkl.errors import UserError
-from rlkl.tasks.arithmetic import evaluate
+from rlkl.tasks.arithmetic import MAX_DIGITS, evaluate
 from rlkl.tasks.extract import tagged
 from rlkl.tasks.hub import load, require_columns, user_message
 from rlkl.tasks.split import select_side
@@ -17,7 +17,7 @@ PROMPT = (
     "and brackets, and every number exactly once. Think step by step, then write the expression "
     "alone between <answer> and </answer>, for example <answer>(1 + 2) / 3</answer>."
 )
-MAX_NUMBERS = 10  # of a puzzle: an expression of more would be longer than `evaluate` reads
+MAX_NUMBERS = 10  # of a puzzle: an expression of them is shorter than what `evaluate` reads
 ATTEMPTS = 200  # random draws per puzzle, after which there are taken to be no more
 
 
@@ -53,10 +53,11 @@ class Countdown:
         format_score: float = 0.1,
         heldout: float = 0.1,
     ) -> None:
-        if not 1 <= numbers[0] <= numbers[1] <= MAX_NUMBERS or largest < 1:
+        if not 1 <= numbers[0] <= numbers[1] <= MAX_NUMBERS or not 1 <= largest < 10**MAX_DIGITS:
             raise UserError(
                 f"task.numbers={list(numbers)}, task.largest={largest}: numbers is the fewest and "
-                f"the most, from 1 to {MAX_NUMBERS} numbers; largest is at least 1"
+                f"the most, from 1 to {MAX_NUMBERS} numbers; largest has 1 to {MAX_DIGITS} digits, "
+                "and is at least 1"
             )
         if not 0 <= format_score < 1:
             raise UserError(

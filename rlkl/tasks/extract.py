@@ -10,7 +10,7 @@ from decimal import Decimal
 
 # ASCII digits, with or without thousands commas
 NUMBER = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+")
-MAX_CHARACTERS = 40  # of a number; the answers of problems are far shorter
+MAX_NUMBER_CHARACTERS = 40  # the answers of problems are far shorter
 
 
 def tagged(response: str) -> str | None:
@@ -46,6 +46,6 @@ def boxed(response: str, max_characters: int) -> str | None:
 def number(text: str) -> Decimal | None:
     """The value of a text that is one number; None for any other text, and for a longer one."""
     text = text.strip()
-    if len(text) > MAX_CHARACTERS or not NUMBER.fullmatch(text):
+    if len(text) > MAX_NUMBER_CHARACTERS or not NUMBER.fullmatch(text):
         return None
     return Decimal(text.replace(",", ""))

@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Literal
 
 from rlkl.errors import UserError
-from rlkl.tasks.extract import MAX_CHARACTERS, NUMBER, number
+from rlkl.tasks.extract import MAX_NUMBER_CHARACTERS, NUMBER, number
 from rlkl.tasks.hub import load_side, require_columns, user_message
 from rlkl.tasks.listed import Listed
 from rlkl.types import Example
@@ -21,7 +21,7 @@ class GSM8K(Listed):
 
     A single file is divided by a hash of the question. There are two scores, and both are reported
     before and after training: **strict**, the number right after the last `####`, and **flexible**,
-    the last number of the response. `paid` chooses the one that is the reward.
+    the last number of the response. `method` (verl's name) chooses the one that is the reward.
     """
 
     def __init__(
@@ -32,17 +32,17 @@ class GSM8K(Listed):
         config: str | None = "main",
         prompt: str = PROMPT,
         chat: bool = True,
-        paid: Literal["strict", "flexible"] = "strict",
+        method: Literal["strict", "flexible"] = "strict",
         heldout: float = 0.1,
     ) -> None:
         rows = load_side(split, path, config, ("train", "test"), heldout, key="question")
         require_columns(rows, ("question", "answer"), path)
-        self.paid = paid
+        self.method = method
         self.examples = [parse(row, prompt, chat, path) for row in rows]
 
     def score(self, example: Example, response: str) -> float:
-        """The score that `paid` names, 0 or 1."""
-        return self.grade(example, response)[self.paid]
+        """The score that `method` names, 0 or 1."""
+        return self.grade(example, response)[self.method]
 
     def grade(self, example: Example, response: str) -> dict[str, float]:
         """{"strict": 0 or 1, "flexible": 0 or 1}."""
@@ -73,7 +73,7 @@ def strict(response: str) -> Decimal | None:
     _, marker, rest = response.rpartition("####")
     if not marker:
         return None
-    match = re.match(rf"\s{{0,9}}\$?\s?({NUMBER.pattern})", rest[: 2 * MAX_CHARACTERS])
+    match = re.match(rf"\s{{0,9}}\$?\s?({NUMBER.pattern})", rest[: 2 * MAX_NUMBER_CHARACTERS])
     return number(match[1]) if match else None
 
 

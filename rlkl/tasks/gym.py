@@ -136,9 +136,8 @@ def evaluates(dataset: Any) -> bool:
 
     This is read from the judge's source.
     """
-    package = type(dataset).__module__
-    own_classes = [c for c in type(dataset).__mro__ if c.__module__.startswith(package)]
-    return any(EVALUATES.search(inspect.getsource(sys.modules[c.__module__])) for c in own_classes)
+    source = inspect.getsource(sys.modules[type(dataset).__module__])
+    return EVALUATES.search(source) is not None
 
 
 def harmless(text: str) -> bool:

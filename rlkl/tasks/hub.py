@@ -21,7 +21,7 @@ class Hub(Listed):
 
     heldout_split: the split that is held out. Without it, and for a single file, about a share
     `heldout` of the rows is held out, by a hash of the prompt.
-    chat: a prompt that is text becomes a user message; without it, it stays raw text.
+    chat: make a prompt that is text a user message; else it stays raw text.
     """
 
     def __init__(

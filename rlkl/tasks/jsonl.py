@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlkl.errors import UserError
 from rlkl.tasks.listed import Listed
-from rlkl.tasks.read_jsonl import json_rows
+from rlkl.tasks.read_jsonl import is_prompt, json_rows
 from rlkl.tasks.split import select_side
 from rlkl.types import Example
 
@@ -34,8 +34,3 @@ def parse(row: dict, where: str) -> Example:
     if not is_prompt(prompt) or not isinstance(answer, str | int | float):
         raise UserError(f"{where}: prompt must be text or chat messages, answer text or a number")
     return Example(prompt, str(answer), row)
-
-
-def is_prompt(x: object) -> bool:
-    """Is this text, or a list of chat messages, and not empty?"""
-    return isinstance(x, str | list) and bool(x)

@@ -41,7 +41,8 @@ class Mathematics(Listed):
             path = heldout_path
             rows = load(path, None, "test")
         else:
-            rows = load_side(split, path, None, ("train", "test"), heldout, key="problem")
+            share = heldout if heldout_path is None else 0.0
+            rows = load_side(split, path, None, ("train", "test"), share, key="problem")
         require_columns(rows, ("problem", "level") if levels else ("problem",), path)
         require_columns(rows, ("answer",) if "answer" in rows[0] else ("solution",), path)
         if levels:

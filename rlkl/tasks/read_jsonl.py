@@ -33,6 +33,11 @@ def json_rows(path: str, key: str) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{key}={path!r}: the file holds no rows")
 
 
+def is_prompt(value: object) -> bool:
+    """Is this text or a list of chat messages, and not empty?"""
+    return isinstance(value, str | list) and bool(value)
+
+
 def parse_object(line: str, where: str) -> dict[str, Any]:
     """One line as a JSON object. Raises UserError, which starts with `where`."""
     try:

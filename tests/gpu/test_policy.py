@@ -18,7 +18,8 @@ from models import (
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rlkl.logprobs import head_logits, token_logprobs
+from rlkl.logprobs import token_logprobs
+from rlkl.logprobs.reference import head_logits
 from rlkl.policy.model import check_reproduced
 from rlkl.policy.optimizer import Optimizer
 from rlkl.policy.policy import Policy, reference_of
