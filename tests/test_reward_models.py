@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import train
 from rlkl import cli
-from rlkl.cli.label import respond
+from rlkl.cli.label import generate_responses
 from rlkl.cli.reward_model import normalise
 from rlkl.errors import UserError
 from rlkl.policy.model import load
@@ -233,7 +233,7 @@ def mean_task_score(path: Path) -> float:
     sampling = LabelSampling(samples=20, max_new_tokens=6)
     examples = [Example(f"{i}:") for i in range(20)]
     responses = []
-    for _, texts, _ in respond(policy, tokenizer, examples, sampling, seed=1):
+    for _, texts, _ in generate_responses(policy, tokenizer, examples, sampling, seed=1):
         responses += texts
     return sum(map(task_score, responses)) / len(responses)
 

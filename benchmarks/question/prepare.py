@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from benchmarks.question.bag_of_words import accuracy, counts, fit
 from benchmarks.question.grammar import LETTER, PROMPT, Grammar
 from rlkl.cli import label, sft
-from rlkl.cli.label import respond
+from rlkl.cli.label import generate_responses
 from rlkl.policy.model import load
 from rlkl.supervised.preferences import read_pairs
 from rlkl.supervised.schema import LabelSampling
@@ -81,7 +81,7 @@ def reward_model() -> dict:
     sampling = LabelSampling(samples=1, max_new_tokens=24)
     examples = Grammar("train", size=2048).examples
     responses = []
-    for _, texts, _ in respond(policy, tokenizer, examples, sampling, seed=1):
+    for _, texts, _ in generate_responses(policy, tokenizer, examples, sampling, seed=1):
         responses += texts
     scores = counts(responses, list(words)) @ torch.tensor(list(words.values()))
     return {

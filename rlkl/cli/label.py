@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
             chosen = sample_examples(range(len(task)), prompts, cfg.seed, step=0)
             examples = [task[i] for i in chosen]
             examples = filter_by_length(cfg, policy, tokenizer, examples, "train")
-            responses = respond(policy, tokenizer, examples, cfg.sampling, cfg.seed)
+            responses = generate_responses(policy, tokenizer, examples, cfg.sampling, cfg.seed)
         pairs, ties = label_pairs(responses, reward, cfg.noise, cfg.seed)
     if not pairs:
         raise UserError(f"no pairs: for each of the {ties} prompts all responses scored the same")
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     log_line(f"  {prompt!r}: chosen {first.chosen[:80]!r}, rejected {first.rejected[:80]!r}")
 
 
-def respond(
+def generate_responses(
     policy: Policy, tokenizer: Any, examples: Sequence[Example], sampling: LabelSampling, seed: int
 ) -> Iterator[Responses]:
     """`sampling.samples` responses to each example, rows "(n g)", about ROWS of them at once."""

@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rlkl.cli.common import configure, finish, new_run, open_log
-from rlkl.cli.label import respond
+from rlkl.cli.label import generate_responses
 from rlkl.policy.model import load
 from rlkl.rewards.models import RewardModel, load_reward_model
 from rlkl.run.build import dtype_of, model_name, pick_device
@@ -96,7 +96,9 @@ def reference_texts(
     examples = [Example(prompt) for prompt in prompts[: reference.prompts]]
     sampling = LabelSampling(samples=1, max_new_tokens=reference.max_new_tokens)
     rows = []
-    for chunk, responses, batch in respond(policy, tokenizer, examples, sampling, cfg.seed):
+    for chunk, responses, batch in generate_responses(
+        policy, tokenizer, examples, sampling, cfg.seed
+    ):
         finished = (~batch.truncated).tolist()
         for e, response, ended in zip(chunk, responses, finished, strict=True):
             rows.append(model.tokenize(e.prompt, response, ended))
