@@ -55,6 +55,14 @@ def test_a_run_that_does_not_exist_is_answered_with_those_that_do(refused):
         )
 
 
+def test_a_folder_whose_config_cannot_be_read_is_not_offered_and_hides_no_other(refused, there):
+    (there / "runs/torn").mkdir()
+    (there / "runs/torn/config.yaml").write_text("seed: 0\n checkpoint: {")
+    message = refused("report", "runs/gone")
+    shutil.rmtree("runs/torn")
+    assert message == f"runs/gone: no such run; {EXISTING}"
+
+
 def test_where_there_is_no_run_at_all_the_message_says_so(refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for command, more in COMMANDS.items():

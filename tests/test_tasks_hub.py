@@ -143,7 +143,7 @@ def test_math_reads_both_published_formats_and_selects_levels(tmp_path):
     assert [e.answer for e in heldout.examples] == list("12345")
     assert train[0].prompt.startswith("1?\n")
     file = str(tmp_path / "train" / "train.jsonl")
-    whole = Mathematics("train", path=file, heldout_path=paths["heldout_path"], heldout=0.5)
+    whole = Mathematics("train", path=file, heldout_path=paths["heldout_path"], heldout=0.9)
     assert len(whole) == 5, "what is held out is another set: nothing of this one is"
     for split in ("train", "heldout"):
         task = Mathematics(split, levels=[2, 5], **paths, chat=False)

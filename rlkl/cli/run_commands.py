@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,8 +118,11 @@ def is_of_train(tree: dict) -> bool:
 
 def existing_runs() -> str:
     """The end of a message: which runs there are."""
-    configs = Path("runs").glob("*/config.yaml")
-    folders = sorted(str(p.parent) for p in configs if is_of_train(config.read_yaml(p)))
+    folders = []
+    for path in sorted(Path("runs").glob("*/config.yaml")):
+        with suppress(UserError):  # what cannot be read is not offered
+            if is_of_train(config.read_yaml(path)):
+                folders.append(str(path.parent))
     return f"there is {listed(folders)}" if folders else "there is no run under runs/"
 
 

@@ -136,8 +136,8 @@ def memory(cfg: Config, config: Any, longest: int, width: int, exact: bool, cuda
     has_reference = cfg.model.reference and not cfg.lora.r  # LoRA: the policy without its adapter
     sampled_rows = concurrent_rows(cfg, cuda)
     row_tokens = cfg.sampling.rows * length
-    micro_rows = min(cfg.optim.micro_tokens, row_tokens) / length
-    response_tokens = int(micro_rows * cfg.sampling.max_new_tokens)
+    micro_tokens = min(cfg.optim.micro_tokens, row_tokens)
+    response_tokens = micro_tokens * cfg.sampling.max_new_tokens // length
     return Memory(
         weights=(count.policy + critic_network) * width + critic_head * wide,
         reference=count.policy * width if has_reference else 0,
@@ -298,8 +298,10 @@ def plan(cfg: Config, exact: bool, device: torch.device, task: Any) -> list[str]
 
 
 def remedies(cfg: Config, longest: int) -> Iterator[tuple[str, Config]]:
-    """Changes that save memory: four that leave the rollout as it is, alone and together, then
-    half the prompts."""
+    """(name, configuration) of changes that save memory.
+
+    Four leave the rollout as it is, alone and together. The last one halves the prompts.
+    """
     half = max(cfg.sampling.prompts // 2, 1)
     one_row = longest + cfg.sampling.max_new_tokens
     micro_tokens = min(cfg.optim.micro_tokens, max(one_row, cfg.optim.micro_tokens // 4))

@@ -87,7 +87,7 @@ def update_metrics(meters: Meters, mask: Tensor) -> dict[str, float]:
     if not meters.tokens:
         return {}
     row = {name: float(total) / meters.tokens for name, total in meters.sums.items()}
-    row |= {name: float(max(peaks)) for name, peaks in meters.peaks.items()}
+    row |= {name: float(torch.stack(peaks).max()) for name, peaks in meters.peaks.items()}
     row["effective_sample_size"] = row.pop("ratio_mean") ** 2 / row.pop("ratio_square")
     if "kl_pi_ref_token" in row:
         tokens, responses = int(mask.sum()), int(mask.any(1).sum())
