@@ -1,6 +1,7 @@
 """Train a language model with PPO or GRPO.
 
     python train.py configs/tiny-grpo.yaml optim.lr=1e-3        --help lists every option
+    rlkl train tiny-grpo optim.lr=1e-3                          the same file, installed by pip
 
 One training step, in the order of the functions below:
 
@@ -15,10 +16,10 @@ Shapes: N prompts, G samples per prompt, B = N·G rows, T response tokens. Per-t
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,23 +46,24 @@ from rlkl.run.metrics import (
     update_metrics,
 )
 from rlkl.run.schema import Config
-from rlkl.run.session import open_run
+from rlkl.run.session import Session, open_run
 from rlkl.run.state import State
 from rlkl.run.terminal import print_help
 from rlkl.types import Batch, Example, PolicyOutput, Rollout
 
 
-def train(cfg: Config, argv: list[str]) -> Path:
-    """Train, and return the folder of the last checkpoint, a Hugging Face directory.
+def train(cfg: Config, command: str) -> Session:
+    """Train, and return the run: its folder, its metrics, and the model.
 
     `run` is what surrounds the loop: prompts, progress, log, held-out evaluation, checkpoints.
+    command: how the run was started, to be written into its folder.
     """
     models, algorithm, data = build(cfg, generate_and_score, warn=print_warnings)
-    with open_run(cfg, argv, models, data) as run:
+    with open_run(cfg, command, models, data) as run:
         for prompts, rng in run.steps():
             metrics, sample = training_step(cfg, models, algorithm, data, run.state, prompts, rng)
             run.finish_step(metrics, sample)
-    return run.last_checkpoint
+    return run
 
 
 def training_step(
@@ -184,14 +186,19 @@ def update_policy(
     batch: Batch,
     rng: Generator,
 ) -> dict[str, float]:
-    """`optim.epochs` passes over the rollout, one optimizer step per minibatch."""
+    """`optim.epochs` passes over the rollout, one optimizer step per minibatch.
+
+    None where the gradient would be exactly 0, because the scores teach nothing.
+    """
     frozen = ("policy",) if state.step < cfg.critic.warmup else ()
     schedule = state.step, cfg.optim.steps, cfg.optim.warmup, cfg.optim.schedule
     kl_old = 0.0
     skipped = 0
     grad_norms = []
     meters = Meters()
-    for minibatch in shuffled_minibatches(batch, cfg.optim.epochs, cfg.optim.minibatch, rng):
+    has_gradient = bool(batch.advantages.any()) or not algorithm.only_advantages
+    epochs = cfg.optim.epochs if has_gradient else 0
+    for minibatch in shuffled_minibatches(batch, epochs, cfg.optim.minibatch, rng):
         if algorithm.selector is not None:
             rows, columns = minibatch.mask.shape
             uniforms = draw_uniforms(rows, columns, rng, minibatch.mask.device)
@@ -324,7 +331,7 @@ def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print_help(__doc__ or "", options(TABLES))
         return
-    train(configure(argv), argv)
+    train(configure(argv), shlex.join(["rlkl", "train", *argv]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Plug-ins: plain functions that the configuration names; their keyword arguments are options.
 
 A section `{name: …, **options}` names an entry of a table, or `file.py:function`, or
-`package.module:function`. `resolve` returns the function with its options bound.
+`package.module:function`. `resolve` returns the function with its options bound. A function that
+is given to `rlkl.train` has the name `python:function`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pydantic import ValidationError, create_model
 from rlkl.errors import UserError
 
 GIVEN_BY_THE_LOOP = {"group_size"}  # keyword-only arguments that are not options
+PYTHON = "python"  # stands for a file in the name of a function that was given from Python
+given: dict[str, Callable] = {}  # those functions, by name; see `name_given`
 
 
 def resolve(
@@ -75,6 +78,13 @@ def from_file(name: str, table: Mapping[str, Callable], key: str) -> Callable[..
     where, colon, attribute = name.rpartition(":")
     if not colon:
         raise UserError(f"{key}.name={name!r}: choose {', '.join([*table, 'file.py:function'])}")
+    if is_given(name):
+        if name not in given:
+            raise UserError(
+                f"{key}.name={name!r}: {attribute} was given to rlkl.train as a function and is in "
+                "no file: give it again, or write it into a file and name file.py:function"
+            )
+        return given[name]
     try:
         module = load_module(where)
     except FileNotFoundError as error:
@@ -92,6 +102,25 @@ def from_file(name: str, table: Mapping[str, Callable], key: str) -> Callable[..
         has = ", ".join(own) or "none"
         raise UserError(f"{key}.name={name!r}: {where} has no function {attribute!r}; it has {has}")
     return getattr(module, attribute)
+
+
+def name_given(function: Callable) -> str:
+    """The name that a function from Python has in a configuration; `resolve` finds it by that.
+
+    A number is added where another function has the name.
+    """
+    own = getattr(function, "__name__", type(function).__name__).strip("<>")
+    name = f"{PYTHON}:{own}"
+    number = 1
+    while given.setdefault(name, function) is not function:
+        number += 1
+        name = f"{PYTHON}:{own}_{number}"
+    return name
+
+
+def is_given(name: str) -> bool:
+    """Is this the name of a function from Python?"""
+    return name.startswith(f"{PYTHON}:")
 
 
 def load_module(where: str) -> Any:

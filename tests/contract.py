@@ -970,6 +970,7 @@ def configured(place: str, game: Game = TREE, **parts) -> Expected:
         "selector": None,
         "exact_kl": place == "loss" and needs_exact_kl(kl_ref),
         "reads_old_logprobs": True,
+        "only_advantages": False,
         "gamma": 1.0,
     }
     algorithm = Algorithm(**defaults | parts)

@@ -25,10 +25,10 @@ calls = 0
 def raises(examples, responses, batch):
     raise KeyError("first line\\nsecond line")
 
-def raises_later(examples, responses, batch):
+def raises_later(examples, responses, batch):  # at step 3: it is tried once before the first
     global calls
     calls += 1
-    if calls == 3 and pathlib.Path("broken").exists():
+    if calls == 4 and pathlib.Path("broken").exists():
         raise RuntimeError("the judge is down")
     return torch.tensor([sum(c.isdigit() for c in response) / 6 for response in responses]), {}
 
@@ -116,9 +116,9 @@ MISTAKES = {  # arguments → what the message contains
     "model.name=torn": ["torn"],
     "model.name=no/such/model": ["no/such/model", "no such folder here"],
     "model.name=../sft/model": ["../sft/model", "no such folder here"],
-    # rewards: the steps that are done are saved
-    "reward=my.py:raises": ["raises", "KeyError", "first line", "resume=runs/"],
-    "reward=my.py:nan": ["gave nan for the response", "resume=runs/"],
+    # rewards: tried before the run begins
+    "reward=my.py:raises": ["raises", "KeyError", "first line"],
+    "reward=my.py:nan": ["gave nan for the response"],
     "reward=my.py:infinite": ["infinite", "inf", "response"],
     "reward=my.py:too_few": ["too_few", "(3,)", "16 responses"],
     "reward=my.py:nothing": ["nothing", "TypeError"],

@@ -3,8 +3,10 @@
 import errno
 import re
 import shutil
+import subprocess
+import sys
 
-from runs_fixture import rows
+from runs_fixture import ROOT, rows
 
 from rlkl import cli
 from rlkl.cli.run_commands import find_checkpoint, find_run, listed
@@ -167,10 +169,16 @@ def test_help_of_rlkl_has_one_line_for_each_command(rlkl):
         assert len(line.split(maxsplit=2)[2]) > 20
 
 
+def test_listing_the_commands_loads_no_library():
+    code = "import sys, rlkl.cli; rlkl.cli.main([]); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
 def test_a_full_disk_is_one_line(monkeypatch, capsys):
     def full(argv):
         raise OSError(errno.ENOSPC, "No space left on device", "out/metrics.tmp")
 
-    monkeypatch.setitem(cli.COMMANDS, "report", full)
+    monkeypatch.setattr("rlkl.cli.report.main", full)
     assert cli.main(["report"]) == 2
     assert capsys.readouterr().err == "error: out/metrics.tmp: No space left on device\n"

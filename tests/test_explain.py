@@ -1309,7 +1309,7 @@ def test_verify_says_how_many_responses_a_rollout_has(run, monkeypatch, case, ti
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["explane"], "error: no command 'explane'; there is explain"),
+        (["explane"], "error: no command 'explane'; there is train, explain"),
         (["explain", "--verfy"], "error: rlkl explain has no option '--verfy'; it takes --verify"),
         (["explain", "nope.yaml"], "error: nope.yaml: no such config file"),
         (
@@ -1372,5 +1372,5 @@ def test_ctrl_c_ends_it_without_a_traceback(run, monkeypatch):
     def interrupted(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, "explain", interrupted)
+    monkeypatch.setattr("rlkl.cli.explain.main", interrupted)
     assert run("explain")[0] == 130

@@ -208,7 +208,7 @@ def test_after_a_signal_the_step_is_finished_and_the_run_resumes_bit_for_bit(
     (here / "signal").write_text(str(int(number)))
     options = ("reward=stops.py:digits", "optim.schedule=linear", "optim.warmup=1", *PPO)
     run(base, "run=whole", *options)
-    (here / "when").write_text("3")
+    (here / "when").write_text("4")  # the first call comes before the first step
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     capsys.readouterr()
     run(base, "run=stopped", *options)
@@ -242,7 +242,7 @@ def test_sigterm_ends_a_process_with_code_0_and_says_how_to_resume(here, base):
     finally:
         process.kill()
     assert process.returncode == 0, err
-    assert "python train.py resume=out continues" in out
+    assert "rlkl train resume=out continues" in out
     steps = [row["step"] for row in rows(here / "out")]
     assert steps == list(range(1, len(steps) + 1))
     assert checkpoint.newest(here / "out").name == f"step-{steps[-1]:06d}"

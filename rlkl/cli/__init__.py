@@ -1,23 +1,23 @@
-"""The command `rlkl`: everything beside training, which is `python train.py CONFIG [a.b=c …]`."""
+"""PPO and GRPO for language models: `rlkl train tiny-grpo` trains a tiny one, and needs no GPU."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from importlib import import_module
 
-from rlkl.cli import chat, dpo, evaluate, explain, export, label, report, reward_model, sft
 from rlkl.errors import exit_code
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "explain": explain.main,
-    "sft": sft.main,
-    "label": label.main,
-    "reward-model": reward_model.main,
-    "dpo": dpo.main,
-    "eval": evaluate.main,
-    "chat": chat.main,
-    "report": report.main,
-    "export": export.main,
+COMMANDS = {  # name → (its module in rlkl/cli, loaded only when it is run; what it does)
+    "train": ("train", "train with PPO or GRPO, by a shipped configuration or your own"),
+    "explain": ("explain", "what a configuration optimises, its optimum, its traps, its size"),
+    "sft": ("sft", "teach a model the solutions of a task, or of a file of prompts and answers"),
+    "label": ("label", "label pairs of responses as chosen and rejected, by any reward"),
+    "reward-model": ("reward_model", "train a reward model on pairs of chosen and rejected"),
+    "dpo": ("dpo", "prefer the chosen responses to the rejected ones, without a reward model"),
+    "eval": ("evaluate", "held-out accuracy of a run before and after: sampled, greedy, pass@k"),
+    "chat": ("chat", "talk to a run's policy before and after training, side by side"),
+    "report": ("report", "compare runs in one table and, with out=FOLDER, one figure"),
+    "export": ("export", "write a run's policy as an ordinary Hugging Face directory"),
 }
 
 
@@ -26,10 +26,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{__doc__}\n")
-        for name, command in COMMANDS.items():
-            print(f"  rlkl {name:13s} {(command.__doc__ or '').splitlines()[0]}")
+        for name, (_, description) in COMMANDS.items():
+            print(f"  rlkl {name:13s} {description}")
+        print("\nrlkl COMMAND --help tells more.")
         return 0
     if argv[0] not in COMMANDS:
         print(f"error: no command {argv[0]!r}; there is {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return exit_code(COMMANDS[argv[0]], argv[1:])
+    return exit_code(import_module(f"rlkl.cli.{COMMANDS[argv[0]][0]}").main, argv[1:])

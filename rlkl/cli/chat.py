@@ -46,7 +46,6 @@ class Response(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    """talk to a run's policy before and after training, side by side"""
     if help_printed(argv, "chat", USAGE, __doc__ or "", config.options({}, Chat)):
         return
     argv, only_prompt = take_prompt(argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,7 +37,7 @@ def configure(argv: list[str], schema: type[S], command: str, doc: str) -> S | N
 
 def new_run(cfg: SupervisedConfig, command: str, argv: list[str]) -> Path:
     """Make the folder of a run of this command. Raises UserError where it exists."""
-    return run_folder.make_folder(cfg, command, ["rlkl", command, *argv], ADVICE)
+    return run_folder.make_folder(cfg, command, shlex.join(["rlkl", command, *argv]), ADVICE)
 
 
 def open_log(cfg: SupervisedConfig, folder: Path) -> RunLog:

@@ -20,7 +20,6 @@ from rlkl.supervised.schema import DPOConfig
 
 
 def main(argv: list[str]) -> None:
-    """prefer the chosen responses to the rejected ones, without a reward model"""
     cfg = configure(argv, DPOConfig, "dpo", __doc__ or "")
     if cfg is None:
         return

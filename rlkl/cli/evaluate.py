@@ -69,7 +69,6 @@ OFF = {
 
 
 def main(argv: list[str]) -> None:
-    """held-out accuracy of a run before and after: sampled, greedy and pass@k"""
     options = config.options(TABLES, OfCheckpoint)
     options += [row for row in config.options(TABLES) if reads(row[0])]
     if help_printed(argv, "eval", "RUN", __doc__ or "", options):

@@ -27,7 +27,6 @@ CONVERGED = 1e-9  # largest entry of the gradient at an end
 
 
 def main(argv: list[str]) -> None:
-    """what a configuration optimises, its optimum, its traps, its size; --verify measures it"""
     if {"-h", "--help"} & set(argv):
         log_line(USAGE)
         return

@@ -19,7 +19,6 @@ from rlkl.run.terminal import log_line
 
 
 def main(argv: list[str]) -> None:
-    """write a run's policy as an ordinary Hugging Face directory, an adapter merged"""
     if help_printed(argv, "export", "RUN OUT", __doc__ or "", config.options({}, Export)):
         return
     (path, out), overrides = parse(argv, "export", "RUN OUT")

@@ -44,7 +44,6 @@ Responses = tuple[list[Example], list[str], Batch]
 
 
 def main(argv: list[str]) -> None:
-    """label pairs of responses as chosen and rejected, the file that reward-model and dpo read"""
     cfg = configure(argv, LabelConfig, "label", __doc__ or "")
     if cfg is None:
         return

@@ -25,7 +25,6 @@ NOT_COMPARED = ("run", "resume", "log.", "checkpoint.")  # options that change n
 
 
 def main(argv: list[str]) -> None:
-    """compare runs in one table and, with out=FOLDER, one figure"""
     if help_printed(argv, "report", USAGE, __doc__ or "", config.options({}, Report)):
         return
     paths, overrides = parse(argv, "report", USAGE)

@@ -22,7 +22,6 @@ from rlkl.types import Example
 
 
 def main(argv: list[str]) -> None:
-    """train a reward model on pairs of a chosen and a rejected response"""
     cfg = configure(argv, RewardModelConfig, "reward-model", __doc__ or "")
     if cfg is None:
         return

@@ -25,7 +25,6 @@ from rlkl.tasks import TASKS
 
 
 def main(argv: list[str]) -> None:
-    """teach a model the solutions of a task, or of a file of prompts and answers"""
     cfg = configure(argv, SFTConfig, "sft", __doc__ or "")
     if cfg is None:
         return

@@ -32,6 +32,9 @@ class Failure(str):
 # A worker died, and it is not known which call killed it. The whole pool is broken.
 LOST = object()
 
+# The exit code of a process that was about to start a run of its own; see end_if_imported.
+UNGUARDED = 77
+
 
 class Pool:
     """`processes` workers, started by the first call, and again when one dies. close() ends them.
@@ -67,11 +70,13 @@ class Pool:
     def attempt(self, function: Callable[..., Any], calls: Sequence[tuple]) -> list[Any]:
         """As `run`, but LOST where another call may be to blame."""
         if self.pool is None:
+            context = fork_server()
+            try_process(context)
             self.pool = ProcessPool(
                 self.processes,
                 initializer=start_worker,
                 initargs=(self.initialize, self.memory_bytes),
-                context=fork_server(),
+                context=context,
             )
         futures = [
             self.pool.schedule(with_alarm, (self.seconds, function, *call), timeout=self.seconds)
@@ -122,6 +127,32 @@ def fork_server() -> Any:
         else:
             os.environ["PYTHONPATH"] = before
     return context
+
+
+def try_process(context: Any) -> None:
+    """Start a process that does nothing. UserError if it cannot start.
+
+    A new process first imports the script that was started. Without a guard the script would train
+    there once more.
+    """
+    process = context.Process(target=int)
+    process.start()
+    process.join()
+    if process.exitcode:
+        script = getattr(sys.modules["__main__"], "__file__", "the script")
+        reason = f"it ended with code {process.exitcode} there"
+        if process.exitcode == UNGUARDED:
+            reason = "it would start its run again there"
+        raise UserError(
+            f"the processes that score responses import {script}, and {reason}: put what it does "
+            'under `if __name__ == "__main__":`, or set scoring.processes=0'
+        )
+
+
+def end_if_imported() -> None:
+    """End this process if it is one of a pool that is importing the script that was started."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(UNGUARDED)
 
 
 def start_worker(initialize: Callable[[], None], memory_bytes: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlkl.plugins import resolve
+from rlkl.plugins import is_given, resolve
 from rlkl.rewards import REWARDS, Reward, weighted_sum
 from rlkl.rewards.pool import Failure, Pool
 from rlkl.rewards.text import (
@@ -40,7 +40,8 @@ class Scoring:
     one, so that a response can only fail itself.
 
     The time limit is all that depends on the machine: a function that is pure and not near the
-    limit gives every run the same scores.
+    limit gives every run the same scores. A function that `rlkl.train` was given is in no file that
+    a process could load: it runs in this process, without limits.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Scoring:
     def values(self, index: int, rows: Sequence[Row]) -> list[Value]:
         """The values that the text reward of this index gives to the rows."""
         text_reward = self.loaded[index]
-        if not self.processes:
+        if not self.processes or is_given(self.sources[index][1]["name"]):
             values = score_rows(text_reward, rows, self.trainer_state)
         elif text_reward.all_rows:
             values = self.score_chunks(index, [rows])

@@ -32,6 +32,7 @@ class Algorithm:
     selector: Callable[[Batch, Tensor], Tensor] | None  # (batch, uniforms)
     exact_kl: bool  # kl_ref reads exact KLs, so it needs the reference's hidden states
     reads_old_logprobs: bool  # else pi_old is the pi of the only update, and is not computed twice
+    only_advantages: bool  # where all advantages are 0, so is the gradient of the objective
     gamma: float  # the discount of V after the last token, with truncation=bootstrap
     rollout: Callable[..., Rollout] = field(init=False)  # (cfg, models, data, state, prompts, rng)
 
@@ -69,6 +70,7 @@ def resolve_algorithm(cfg: Config) -> Algorithm:
         selector=selector,
         exact_kl=in_loss and needs_exact_kl(kl_ref),
         reads_old_logprobs=reads_old_logprobs(cfg),
+        only_advantages=only_advantages(cfg),
         gamma=bootstrap_discount(cfg, advantage.keywords),
     )
 
@@ -123,6 +125,16 @@ def reads_old_logprobs(cfg: Config) -> bool:
     critic = cfg.critic.kind != "none"
     selects = cfg.selector is not None
     return updates_per_rollout(cfg) > 1 or kl_in_reward(cfg) or corrects or critic or selects
+
+
+def only_advantages(cfg: Config) -> bool:
+    """Is the gradient of the objective 0 where all advantages are?
+
+    Each policy loss of ours is positively homogeneous in them; a user's need not be.
+    """
+    kl_in_loss = cfg.kl_ref.coef > 0 and cfg.kl_ref.place == "loss"
+    others = kl_in_loss or cfg.kl_old.coef > 0 or cfg.entropy.coef or cfg.critic.kind != "none"
+    return cfg.loss["name"] in LOSSES and not others
 
 
 def updates_per_rollout(cfg: Config) -> int:

@@ -21,6 +21,7 @@ from rlkl.policy.model import checkpoint_layers, context_of, load, sampling_para
 from rlkl.policy.optimizer import Optimizer
 from rlkl.policy.policy import Policy, reference_of
 from rlkl.rewards import REWARDS, Reward, compute_scores, from_task, with_overlong
+from rlkl.rewards.pool import end_if_imported
 from rlkl.rewards.scoring import Scoring, assemble, unweighted
 from rlkl.rollout import SAMPLERS
 from rlkl.rollout.sampling import encode
@@ -87,6 +88,7 @@ def build(
     generate_and_score: train.py's, which dynamic sampling may wrap.
     warn(cfg, algorithm, task, device): called before a model is loaded.
     """
+    end_if_imported()
     device = pick_device(cfg.device)
     log_line(f"device: {device}")
     algorithm = resolve_algorithm(cfg)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rlkl.errors import UserError, first_line
 from rlkl.run.schema import PLUGINS, Config
+from rlkl.run.shipped import shipped_configs
 
 S = TypeVar("S")
 
@@ -58,20 +59,38 @@ Loader.add_implicit_resolver(
 )
 
 
-def load(argv: list[str], tree: dict | None = None, schema: type[S] = Config) -> S:
-    """`load(["configs/tiny-ppo.yaml", "loss.epsilon=0.1"])` → Config. Later arguments win.
+def load(
+    argv: Sequence[str],
+    tree: dict | None = None,
+    schema: type[S] = Config,
+    options: Mapping[str, Any] | None = None,
+) -> S:
+    """`load(["tiny-ppo", "mine.yaml", "loss.epsilon=0.1"])` → Config. Later arguments win.
 
-    tree: what the arguments change; by default the defaults of `schema`. Raises UserError on any
-    mistake.
+    tree: what the arguments change; by default the defaults of `schema`. options: values by dotted
+    key, which win over the arguments. Raises UserError on any mistake.
     """
     tree = defaults(schema) if tree is None else tree
     for arg in argv:
-        path, equals, value = arg.partition("=")
-        part = read_yaml(Path(arg)) if not equals else parse_yaml(value, arg)
-        for key in reversed(path.split(".") if equals else []):
-            part = {key: part}
+        key, equals, value = arg.partition("=")
+        part = nested(key, parse_yaml(value, arg)) if equals else read_yaml(config_path(arg))
         tree = merge(tree, part)
+    for key, value in (options or {}).items():
+        tree = merge(tree, nested(key, value))
     return build(tree, schema)
+
+
+def nested(key: str, value: Any) -> Any:
+    """("a.b", 1) → {"a": {"b": 1}}"""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def config_path(arg: str) -> Path:
+    """A YAML file, or the file of a shipped configuration, such as tiny-grpo."""
+    path = Path(arg)
+    return path if path.is_file() else shipped_configs().get(arg, path)
 
 
 def build(tree: dict, schema: type[S] = Config) -> S:
@@ -94,7 +113,10 @@ def defaults(schema: type = Config) -> dict:
 
 def read_yaml(path: Path) -> dict:
     if not path.is_file():
-        raise UserError(f"{path}: no such config file (an override is written key=value)")
+        raise UserError(
+            f"{path}: no such config file (an override is written key=value); by name there is "
+            f"{', '.join(shipped_configs())}"
+        )
     tree = parse_yaml(path.read_bytes(), str(path)) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections of key: value, got {tree!r}")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import filecmp
 import importlib.metadata
+import inspect
 import json
 import platform
 import re
-import shutil
 import subprocess
+import textwrap
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import yaml
 
 from rlkl.errors import UserError
+from rlkl.plugins import given
 from rlkl.run import config
 from rlkl.run.log import load_wandb
 from rlkl.run.schema import Config
@@ -26,29 +28,34 @@ from rlkl.run.schema import Config
 MAY_CHANGE = ("optim.steps", "log.", "eval.every", "checkpoint.", "resume", "run")
 
 
-def configure(argv: list[str]) -> Config:
-    """The configuration of a command line of train.py.
+def configure(argv: Sequence[str], options: Mapping[str, Any] | None = None) -> Config:
+    """The configuration of a command line of train.py; options: see `config.load`.
 
     With resume=FOLDER it is that of the run in FOLDER. Raises UserError where the folder of a new
     run exists, and where an option of a resumed run changes that may not.
     """
     folders = [arg.removeprefix("resume=") for arg in argv if arg.startswith("resume=")]
-    cfg = configure_resumed(folders[-1], argv) if folders else config.load(argv)
+    if folders:
+        cfg = configure_resumed(folders[-1], argv, options)
+    else:
+        cfg = config.load(argv, options=options)
     if not folders and cfg.run != "auto":
         check_new(Path(cfg.run), f"resume={cfg.run} continues it")
     load_wandb(cfg.log.wandb)  # a missing library is found before a model is loaded
     return cfg
 
 
-def configure_resumed(folder: str, argv: list[str]) -> Config:
-    """The configuration of the run in `folder`, in which `argv` may change steps and logging."""
+def configure_resumed(
+    folder: str, argv: Sequence[str], options: Mapping[str, Any] | None = None
+) -> Config:
+    """The configuration of the run in `folder`, in which steps and logging may be changed."""
     tree = config.read_yaml(Path(folder) / "config.yaml")
     try:
         saved = config.build(tree)
     except UserError as error:
         message = f"resume={folder}: its config.yaml is not of this version: {error}"
         raise UserError(message) from error
-    cfg = config.load(argv, tree)
+    cfg = config.load(argv, tree, options=options)
     for key, (old, new) in differing(saved, cfg).items():
         if not key.startswith(MAY_CHANGE):
             raise UserError(
@@ -78,43 +85,43 @@ def flat(tree: dict, prefix: str = "") -> dict:
     return rows
 
 
-def open_folder(cfg: Config, argv: list[str]) -> Path:
+def open_folder(cfg: Config, command: str) -> Path:
     """The run folder: a new one, or with `resume` the one that exists.
 
-    Raises UserError where a plug-in's file is no longer the one that the run was started with.
+    command: how the run was started. Raises UserError where a plug-in's source is no longer the
+    one that the run was started with.
     """
     if not cfg.resume:
         name = f"{cfg.task['name']}-{cfg.advantage['name']}".replace("/", "_").replace(":", "-")
-        command = ["python", "train.py", *argv]
         return make_folder(cfg, name, command, f"resume={cfg.run} continues it")
     folder = Path(cfg.resume)
-    for file, name in plugin_files(cfg).items():
+    for name, (origin, source) in plugin_sources(cfg).items():
         saved = folder / "plugins" / name
-        if not filecmp.cmp(file, saved, shallow=False):
+        if not saved.is_file() or saved.read_bytes() != source:
             raise UserError(
-                f"resume={folder}: {file} differs from {saved}, which the run was started with: "
+                f"resume={folder}: {origin} differs from {saved}, which the run was started with: "
                 "copy it there if the change is intended"
             )
     return folder
 
 
-def make_folder(cfg: Any, name: str, command: list[str], advice: str) -> Path:
+def make_folder(cfg: Any, name: str, command: str, advice: str) -> Path:
     """Make the folder `cfg.run`, or runs/NAME-1, runs/NAME-2, … where that is auto.
 
-    It gets config.yaml, provenance.json (the command and the versions) and the plug-ins' files.
+    It gets config.yaml, provenance.json (the command and the versions) and the plug-ins' sources.
     Raises UserError where it cannot be written, and, with `advice`, where it exists.
     """
     folder = numbered(Path("runs") / name) if cfg.run == "auto" else Path(cfg.run)
-    plugins = plugin_files(cfg)
+    sources = plugin_sources(cfg)
     check_new(folder, advice)
     tree = json.loads(json.dumps(asdict(cfg)))  # tuples become lists
     try:
         (folder / "checkpoints").mkdir(parents=True)
         (folder / "plugins").mkdir()
-        versions = json.dumps(provenance(" ".join(command)), indent=1)
+        versions = json.dumps(provenance(command), indent=1)
         (folder / "provenance.json").write_text(versions, encoding="utf-8")
-        for file, saved_as in plugins.items():
-            shutil.copy(file, folder / "plugins" / saved_as)
+        for saved_as, (_, source) in sources.items():
+            (folder / "plugins" / saved_as).write_bytes(source)
         # Written last: a folder with a config.yaml can be resumed.
         text = yaml.safe_dump(tree, sort_keys=False)
         (folder / "config.yaml").write_text(text, encoding="utf-8")
@@ -127,6 +134,33 @@ def check_new(folder: Path, advice: str) -> None:
     """UserError with `advice` where the folder exists."""
     if folder.exists():
         raise UserError(f"run={folder}: the folder exists; a run is never overwritten: {advice}")
+
+
+def plugin_sources(cfg: Any) -> dict[str, tuple[str, bytes]]:
+    """{file name in the run folder: (where it is from, its text)} of the plug-ins of users.
+
+    Raises UserError where a file cannot be read.
+    """
+    sources = {}
+    for file, saved_as in plugin_files(cfg).items():
+        try:
+            sources[saved_as] = (str(file), file.read_bytes())
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+    for name in flat(asdict(cfg)).values():
+        if isinstance(name, str) and name in given:
+            source = source_of(given[name])
+            if source is not None:
+                sources[name.replace(":", "-") + ".py"] = (name, source.encode())
+    return sources
+
+
+def source_of(function: Callable) -> str | None:
+    """The text of a function or class; None where Python does not know it."""
+    try:
+        return textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        return None
 
 
 def plugin_files(cfg: Any) -> dict[Path, str]:

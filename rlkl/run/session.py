@@ -12,7 +12,7 @@ from typing import Any
 from torch import Generator
 
 from rlkl.errors import UserError
-from rlkl.run import checkpoint, report, reward_hacking
+from rlkl.run import checkpoint, learning_signal, report, reward_hacking
 from rlkl.run.build import Data, Models
 from rlkl.run.dynamic_sampling import prompt_order
 from rlkl.run.evaluate import evaluate
@@ -28,12 +28,17 @@ from rlkl.run.terminal import (
     log_line,
     log_reward_hacking,
     log_step,
+    note,
     progress,
 )
 
 
 class Session:
-    """A run in progress. Made by `open_run`."""
+    """A run: what `open_run` makes, and what `rlkl.train` returns when it is done.
+
+    folder: where everything is written. rows: the metrics of each step. before, after: held-out
+    metrics, {} where they are not measured yet. last_checkpoint: a Hugging Face directory.
+    """
 
     def __init__(self, cfg: Config, models: Models, data: Data, state: State, folder: Path) -> None:
         self.cfg = cfg
@@ -52,6 +57,20 @@ class Session:
         self.interrupt = Interrupt()
         self.advance: Callable[[int], None]  # moves the progress bar; set by open_run
         self.last_checkpoint: Path  # set by save, which every run ends with
+        self.after: dict[str, float] = {}
+
+    @property
+    def before(self) -> dict[str, float]:
+        return self.state.before
+
+    @property
+    def model(self) -> Any:
+        """The trained Hugging Face model."""
+        return self.models.policy.lm
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.models.tokenizer
 
     def steps(self) -> Iterator[tuple[list[int], Generator]]:
         """The inputs of each step, until all are done or an interrupt comes: see step_inputs."""
@@ -97,6 +116,8 @@ class Session:
         suspicion = reward_hacking.suspicion(self.rows, self.state.before)
         self.rows[-1]["reward_hacking"] = float(suspicion is not None)
         self.log.write(self.rows[-1], sample)
+        if no_signal := learning_signal.warning(self.rows, sample):
+            note(no_signal)
         if suspicion and reward_hacking.is_news(self.rows):
             log_reward_hacking(step, suspicion)
         if is_time(step, self.cfg.log.every) or step == 1:
@@ -125,27 +146,30 @@ class Session:
         path = self.save()
         cfg, state = self.cfg, self.state
         if state.step < cfg.optim.steps:
-            resume = f"python train.py resume={self.folder} continues"
+            resume = f"rlkl train resume={self.folder} continues"
             log_line(f"stopped after step {state.step}: {resume}")
             return
-        after = self.evaluate(samples=cfg.eval.samples)
+        self.after = self.evaluate(samples=cfg.eval.samples)
         count = len(self.data.heldout.examples)
         title = f"{count} held-out prompts, temperature {cfg.eval.temperature:g}"
-        log_before_after(state.before, after, title)
-        report.write(self.folder, read_rows(self.log.path), state.before, after)
+        log_before_after(state.before, self.after, title)
+        report.write(self.folder, read_rows(self.log.path), state.before, self.after)
         log_line(f"report: {self.folder / 'report.md'}\nmodel: {path}")
 
 
 @contextmanager
-def open_run(cfg: Config, argv: list[str], models: Models, data: Data) -> Iterator[Session]:
+def open_run(cfg: Config, command: str, models: Models, data: Data) -> Iterator[Session]:
     """The run folder, new or resumed, and everything around the steps; closed when the loop ends.
 
-    After a UserError inside, the steps that are done are saved, and the message says how to resume.
+    command: how the run was started. After a UserError inside, the steps that are done are saved,
+    and the message says how to resume.
     """
     with data.scoring:  # its processes end with the run, however that ends
         state = restore_state(cfg, models)
         log_line(selfcheck(cfg, models, data, fresh=cfg.resume is None))
-        session = Session(cfg, models, data, state, open_folder(cfg, argv))
+        if cfg.resume is None:
+            log_line(learning_signal.describe_scores(cfg, models, data))
+        session = Session(cfg, models, data, state, open_folder(cfg, command))
         state.before = state.before or session.evaluate(samples=cfg.eval.samples)
         prompts = f"{len(data.train)} prompts, {len(data.heldout.examples)} held out"
         log_line(f"run: {session.folder}   {prompts} {state.before}")
