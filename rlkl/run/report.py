@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlkl.run import reward_hacking
@@ -19,13 +20,46 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PANELS = {  # title → the metrics drawn in it
-    "reward and held-out accuracy": ("reward", "eval/accuracy"),
-    "KL per token, nats": ("kl_pi_ref_token", "kl_old_pi"),
-    "entropy, nats": ("entropy",),
-    "response length, tokens": ("response_length",),
-}
-TABLE = (  # the metrics of which the page shows the first and the last step
+
+class Panel(NamedTuple):
+    """A small panel of a run's figure."""
+
+    title: str
+    lines: dict[str, str]  # metric → its name in the legend
+    log: bool = False  # a logarithmic axis: what is not positive is not drawn
+
+
+ZERO_VARIANCE = Panel(
+    "prompts whose responses all score the same, share",
+    {"frac_reward_zero_std": "share of prompts"},
+)
+EXPLAINED_VARIANCE = Panel(
+    "explained variance: 1 = the critic predicts the returns",
+    {"explained_variance": "explained variance"},
+)
+PANELS = (
+    Panel(
+        "reward and held-out accuracy",
+        {"reward": "reward on training prompts", "eval/accuracy": "held-out accuracy"},
+    ),
+    Panel(
+        "the two KLs, nats per token",
+        {
+            "kl_pi_ref_token": "KL(pi ‖ ref): from the frozen model of the start",
+            "kl_old_pi": "KL(pi_old ‖ pi): from the policy that sampled",
+        },
+        log=True,
+    ),
+    Panel("entropy, nats per token", {"entropy": "entropy"}),
+    ZERO_VARIANCE,  # of a run with a critic EXPLAINED_VARIANCE
+    Panel(
+        "gradient norm, before clipping",
+        {"grad_norm/policy": "policy", "grad_norm/critic": "critic"},
+    ),
+    Panel("response length, tokens", {"response_length": "response length"}),
+)
+WINDOW = 10  # steps that a number of the pages is averaged over: a single step is noisy
+TABLE = (  # the metrics that the page shows
     "reward",
     "frac_reward_zero_std",
     "response_length",
@@ -71,7 +105,7 @@ def write(
     """Write report.md and heldout.json, and with matplotlib metrics.png into the run folder."""
     heldout = json.dumps({"before": before, "after": after}, indent=1)
     (folder / "heldout.json").write_text(heldout, encoding="utf-8")
-    figure = draw(rows)
+    figure = draw(rows, before, after)
     if figure is not None:
         figure.savefig(folder / "metrics.png", dpi=110)
     page = run_page(folder, rows, before, after, has_figure=figure is not None)
@@ -91,12 +125,10 @@ def run_page(
     seconds = sum(row["seconds"] for row in rows)
     episodes = reward_hacking.episodes(rows, before)
     heldout = [[name, f"{before[name]:.3f}", f"{after[name]:.3f}"] for name in after]
-    first, last = rows[0], rows[-1]
-    metrics = [
-        [name, f"{first[name]:.4g}", f"{last[name]:.4g}"]
-        for name in TABLE
-        if name in first and name in last
-    ]
+    first, last = first_and_last(rows)
+    names = [name for name in TABLE if any(name in row for row in rows)]
+    metrics = [[name, average(first, name), average(last, name)] for name in names]
+    head = ["metric, mean of", steps_in(first, "first"), steps_in(last, "last")]
     samples = [row["sample"] | {"step": row["step"]} for row in rows if "sample" in row]
     samples = samples[:FIRST_SAMPLES] + samples[FIRST_SAMPLES:][-LAST_SAMPLES:]
     return [
@@ -109,7 +141,7 @@ def run_page(
         "",
         *table(["held out", "before", "after"], heldout),
         *(["![metrics](metrics.png)", ""] if has_figure else []),
-        *table(["metric", "first step", "last step"], metrics),
+        *table(head, metrics),
         *table(["step", "prompt", "response", "score"], map(sample_row, samples)),
     ]
 
@@ -117,7 +149,25 @@ def run_page(
 def sample_row(sample: dict) -> list[str]:
     """Step, prompt, response and score: the cells of one row."""
     texts = (str(sample[name]).replace("\n", " ")[:200] for name in ("prompt", "response"))
-    return [str(sample["step"]), *(f"`{text}`" for text in texts), f"{sample['score']:.3g}"]
+    score = "-" if sample["score"] is None else f"{sample['score']:.3g}"
+    return [str(sample["step"]), *(f"`{text}`" for text in texts), score]
+
+
+def first_and_last(rows: Sequence[dict]) -> tuple[Sequence[dict], Sequence[dict]]:
+    """The first WINDOW rows and the last: fewer where they would overlap, and no row is in both."""
+    count = max(min(WINDOW, len(rows) // 2), 1)
+    return rows[:count], rows[count:][-count:]
+
+
+def steps_in(rows: Sequence[dict], which: str) -> str:
+    """Such as `the last 10 steps`."""
+    return f"the {which} step" if len(rows) == 1 else f"the {which} {len(rows)} steps"
+
+
+def average(rows: Sequence[dict], name: str) -> str:
+    """The mean of a metric over the rows that have it, or `-`."""
+    values = [row[name] for row in rows if name in row]
+    return f"{fmean(values):.4g}" if values else "-"
 
 
 # ------------------------------------------------------------------ several runs
@@ -153,8 +203,9 @@ def comparison(runs: Sequence[RunSummary]) -> list[list[str]]:
         add(f"held out: {name}", changes)
     best = (f"{run.best[0]:.3f} at step {run.best[1]}" if run.best else "-" for run in runs)
     add("held out: best accuracy", best)
-    rewards = (f"{r.rows[0]['reward']:.3f} → {r.rows[-1]['reward']:.3f}" for r in runs)
-    add("reward, first → last step", rewards)
+    ends = (first_and_last(run.rows) for run in runs)
+    rewards = (" → ".join(average(end, "reward") for end in both) for both in ends)
+    add(f"reward, first → last {WINDOW} steps", rewards)
     seconds = [sum(row["seconds"] for row in run.rows) for run in runs]
     tokens = [sum(row["tokens"] for row in run.rows) for run in runs]
     add("seconds in steps", (f"{s:.1f}" for s in seconds))
@@ -188,24 +239,40 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 # ------------------------------------------------------------------ figures
 
 
-def new_figure() -> Figure | None:
-    """An empty figure; None without matplotlib, with a note that says how to install it."""
+def new_figure(width: float, height: float) -> Figure | None:
+    """An empty figure, inches; None without matplotlib, with a note that says how to install it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         note("there is no figure, as matplotlib is not installed: pip install 'rlkl[plots]'")
         return None
-    return Figure(figsize=(10, 6), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
 
 
-def draw(rows: list[dict]) -> Figure | None:
-    """Four small panels of metrics over the steps of a run. None without matplotlib."""
-    figure = new_figure()
+def draw(
+    rows: Sequence[dict],
+    before: Mapping[str, float] | None = None,
+    after: Mapping[str, float] | None = None,
+) -> Figure | None:
+    """Six small panels of metrics over the steps so far. None without matplotlib.
+
+    rows: of metrics.jsonl. before, after: the held-out numbers before the first step and after the
+    last one, where they are known. A notebook may call this again and again.
+    """
+    figure = new_figure(13, 6.5)
     if figure is None:
         return None
-    for axes, (title, names) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
-        lines = {name: [(row["step"], row[name]) for row in rows if name in row] for name in names}
-        draw_panel(axes, title, "step", lines)
+    has_critic = any("explained_variance" in row for row in rows)
+    for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+        if has_critic and panel is ZERO_VARIANCE:  # equal scores have a signal there
+            panel = EXPLAINED_VARIANCE
+        lines = {}
+        for metric, label in panel.lines.items():
+            points = curve(rows, metric, before or {}, after or {})
+            lines[label] = [(step, x) for step, _, x in points if x > 0 or not panel.log]
+        draw_panel(axes, panel.title, "step", lines)
+        if panel.log and any(lines.values()):
+            axes.set_yscale("log")
     return figure
 
 
@@ -214,12 +281,12 @@ def draw_comparison(runs: Sequence[RunSummary]) -> Figure | None:
 
     None without matplotlib.
     """
-    figure = new_figure()
+    figure = new_figure(10, 6)
     if figure is None:
         return None
     rows_of_panels = zip(figure.subplots(2, 2), COMPARED.items(), strict=True)
     for (over_steps, over_seconds), (metric, title) in rows_of_panels:
-        curves = {run.name: curve(run, metric) for run in runs}
+        curves = {r.name: curve(r.rows, metric, r.before, r.after) for r in runs}
         by_step = {name: [(p[0], p[2]) for p in points] for name, points in curves.items()}
         by_seconds = {name: [(p[1], p[2]) for p in points] for name, points in curves.items()}
         draw_panel(over_steps, title, "step", by_step)
@@ -227,16 +294,17 @@ def draw_comparison(runs: Sequence[RunSummary]) -> Figure | None:
     return figure
 
 
-def curve(run: RunSummary, metric: str) -> list[tuple[int, float, float]]:
+def curve(
+    rows: Sequence[dict], metric: str, before: Mapping[str, float], after: Mapping[str, float]
+) -> list[tuple[int, float, float]]:
     """(step, seconds in steps until then, value) of each row that has the metric.
 
-    A held-out metric also has the values measured before the first and after the last step.
+    A held-out metric also has its values before the first step and after the last one.
     """
-    elapsed = accumulate(row["seconds"] for row in run.rows)
-    seconds = {0: 0.0} | {row["step"]: s for row, s in zip(run.rows, elapsed, strict=True)}
-    values = {row["step"]: row[metric] for row in run.rows if metric in row}
-    heldout = {0: run.before, run.rows[-1]["step"]: run.after}
-    for step, numbers in heldout.items():
+    elapsed = accumulate(row["seconds"] for row in rows)
+    seconds = {0: 0.0} | {row["step"]: s for row, s in zip(rows, elapsed, strict=True)}
+    values = {row["step"]: row[metric] for row in rows if metric in row}
+    for step, numbers in ((0, before), (max(seconds), after)):
         for name, x in numbers.items():
             if f"eval/{name}" == metric:
                 values[step] = x
@@ -246,13 +314,28 @@ def curve(run: RunSummary, metric: str) -> list[tuple[int, float, float]]:
 def draw_panel(
     axes: Axes, title: str, x_label: str, lines: Mapping[str, Sequence[tuple[float, float]]]
 ) -> None:
-    """One line for each name, with a mark on each point where they are few."""
-    for label, points in lines.items():
-        if points:
-            marker = "o" if len(points) < 30 else None
-            axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=4)
+    """One line for each name: a mark on each point where they are few, else also a running mean."""
+    for number, (label, points) in enumerate(lines.items()):
+        color = f"C{number}"
+        xs = [x for x, _ in points]
+        ys = [y for _, y in points]
+        if len(points) < 3 * WINDOW:
+            axes.plot(xs, ys, color=color, label=label, marker="o", markersize=4)
+        else:
+            axes.plot(xs, ys, color=color, alpha=0.3, linewidth=1)
+            axes.plot(xs, running_mean(ys), color=color, label=label)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x_label, fontsize=8)
+    axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
-    if axes.lines:
+    if sum(bool(points) for points in lines.values()) > 1:
         axes.legend(fontsize=8)
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """The mean of each value and its neighbours, as many on either side: it does not lag behind."""
+    means = []
+    for i in range(len(values)):
+        reach = min(WINDOW // 2, i, len(values) - 1 - i)
+        means.append(fmean(values[i - reach : i + reach + 1]))
+    return means
