@@ -41,6 +41,7 @@ from rlkl.run.folder import configure
 from rlkl.run.metrics import (
     Meters,
     advantage_metrics,
+    response_rows,
     rollout_metrics,
     speed_metrics,
     update_metrics,
@@ -61,8 +62,10 @@ def train(cfg: Config, command: str) -> Session:
     models, algorithm, data = build(cfg, generate_and_score, warn=print_warnings)
     with open_run(cfg, command, models, data) as run:
         for prompts, rng in run.steps():
-            metrics, sample = training_step(cfg, models, algorithm, data, run.state, prompts, rng)
-            run.finish_step(metrics, sample)
+            metrics, responses = training_step(
+                cfg, models, algorithm, data, run.state, prompts, rng
+            )
+            run.finish_step(metrics, responses)
     return run
 
 
@@ -74,8 +77,8 @@ def training_step(
     state: State,
     prompts: list[int],
     rng: Generator,
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """One rollout and the updates on it. Returns the step's metrics, and one sample to look at.
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """One rollout and the updates on it. Returns the step's metrics, and its responses to read.
 
     prompts: indices into data.train: the N of this step, and behind them spare ones for dynamic
     sampling. rng: the randomness of the rollout and of the updates.
@@ -90,7 +93,8 @@ def training_step(
     updates = update_policy(cfg, models, algorithm, state, batch, rng)
     clock.append(time.perf_counter())
     metrics = rollout_metrics(rollout, cfg.sampling.group_size) | advantage_metrics(batch) | updates
-    return metrics | speed_metrics(metrics["tokens"], clock, batch.mask.device), rollout.sample
+    metrics |= speed_metrics(metrics["tokens"], clock, batch.mask.device)
+    return metrics, response_rows(rollout)
 
 
 def generate_and_score(
@@ -111,8 +115,7 @@ def generate_and_score(
     responses = decode(models.tokenizer, batch)
     scores, score_parts = compute_scores(data.reward, row_examples, responses, batch)
     batch.fill(scores=scores)
-    sample = {"prompt": examples[0].prompt, "response": responses[0], "score": scores[0].item()}
-    rollout = Rollout(batch, batch, score_parts, sample, metrics={})
+    rollout = Rollout(batch, batch, score_parts, row_examples, responses, metrics={})
 
     if not scores.isfinite().all():  # no score: nothing after this sees the response
         batch = batch.without_rows(scores.isnan())

@@ -219,7 +219,8 @@ class Rollout(NamedTuple):
     responses: Batch  # all responses to the step's N prompts: what the metrics describe
     batch: Batch  # those that are trained on
     score_parts: dict[str, Tensor]  # (B,) each, by the name of the reward or of its part
-    sample: dict[str, Any]  # one prompt, its response and its score, to look at
+    examples: list[Example]  # (B) what each row responds to
+    texts: list[str]  # (B) the text of each response
     metrics: dict[str, float]  # beside those of `responses`
 
 

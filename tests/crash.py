@@ -34,6 +34,7 @@ def start(folder: Path, base: Path) -> subprocess.Popen:
             f"optim.steps={STEPS}",
             "checkpoint.every=2",
             "eval.every=5",
+            "log.responses_every=1",
             "sampling.prompts=16",
         )
         argv = arguments(base, *PPO, *options, f"run={folder.name}")

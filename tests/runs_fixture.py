@@ -171,8 +171,10 @@ def timeless(row: dict) -> dict:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What differs between two finished runs: any bit of the metrics and the last checkpoint."""
+    """What differs between two finished runs: any bit of metrics, responses, last checkpoint."""
     found = metric_differences(rows(one), rows(other))
+    if file_text(one / "responses.jsonl") != file_text(other / "responses.jsonl"):
+        found.append("responses.jsonl")
     last = [max((folder / "checkpoints").glob("step-*")) for folder in (one, other)]
     files = [sorted(f.name for f in folder.iterdir()) for folder in last]
     if last[0].name != last[1].name or files[0] != files[1]:
@@ -184,6 +186,11 @@ def differences(one: Path, other: Path) -> list[str]:
         elif (last[0] / name).read_bytes() != (last[1] / name).read_bytes():
             found.append(name)
     return found
+
+
+def file_text(path: Path) -> str | None:
+    """The text of a file; None where there is none."""
+    return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 def metric_differences(one: list[dict], other: list[dict]) -> list[str]:

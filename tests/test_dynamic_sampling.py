@@ -75,7 +75,7 @@ class FakeRollouts:
             truncated=torch.zeros(len(ids)).bool(),
             scores=torch.tensor(scores).flatten(),
         )
-        return Rollout(batch, batch, score_parts={}, sample={}, metrics={})
+        return Rollout(batch, batch, score_parts={}, examples=[], texts=[], metrics={})
 
     def drawn(self) -> list[int]:
         return [i for prompts in self.rounds for i in prompts]

@@ -412,7 +412,9 @@ def test_metrics(case, same):
     column = scores[:, None]
     batch = plain_batch(torch.ones_like(column, dtype=torch.bool), column, column, column)
     batch.fill(scores=scores)
-    metrics = rollout_metrics(Rollout(batch, batch, {}, {}, {}), case["config"]["num_generations"])
+    metrics = rollout_metrics(
+        Rollout(batch, batch, {}, [], [], {}), case["config"]["num_generations"]
+    )
     theirs = case["metrics"]
     same("reward", metrics["reward"], theirs["reward"], FLOAT32)
     same("std", metrics["reward_std"] * (12 / 11) ** 0.5, theirs["reward_std"], FLOAT32)

@@ -274,7 +274,7 @@ def test_metrics(case, same):
     batch = inputs.batch(inputs["advantages"])
     batch.fill(values=inputs["values"], returns=inputs["returns"])
     batch.fill(truncated=mask.all(1), scores=inputs["scores"])
-    metrics = rollout_metrics(Rollout(batch, batch, {}, {}, {}), group_size=len(mask))
+    metrics = rollout_metrics(Rollout(batch, batch, {}, [], [], {}), group_size=len(mask))
     metrics |= advantage_metrics(batch)
     variance = float(inputs["returns"][mask].var())
     explained = 1 - (1 - metrics["explained_variance"]) * variance / (variance + 1e-5)

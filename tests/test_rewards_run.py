@@ -116,7 +116,7 @@ def test_a_group_has_zero_variance_by_the_scores_that_exist():
     assert nonzero_variance(scores, 3).tolist() == [False, False, False, True, True, True]
     no_scores = torch.full((6,), float("nan"))
     assert not nonzero_variance(no_scores, 3).any()
-    rollout = Rollout(batch, batch, {"a": scores, "b": no_scores}, sample={}, metrics={})
+    rollout = Rollout(batch, batch, {"a": scores, "b": no_scores}, [], [], metrics={})
     metrics = rollout_metrics(rollout, 3)
     assert metrics["reward"] == 0.75
     assert metrics["frac_reward_zero_std"] == 0.5

@@ -11,6 +11,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
@@ -104,8 +105,9 @@ def test_a_run_leaves_metrics_provenance_a_report_and_a_model_that_loads(whole, 
     report = (whole / "report.md").read_text()
     assert "![metrics](metrics.png)" in report
     assert "| accuracy |" in report
-    first, last = (f"{metrics[i]['reward']:.4g}" for i in (0, -1))
-    assert f"| reward | {first} | {last} |" in report
+    rewards = [row["reward"] for row in metrics]
+    assert "| metric, mean of | the first 3 steps | the last 3 steps |" in report
+    assert f"| reward | {fmean(rewards[:3]):.4g} | {fmean(rewards[3:]):.4g} |" in report
 
     last = whole / "checkpoints" / "step-000006"
     lm = AutoModelForCausalLM.from_pretrained(last)
@@ -310,6 +312,67 @@ def test_a_loss_of_nine_lines_in_a_file_of_ones_own_runs_and_reads_its_option(he
     assert gates[0] != gates[1]
 
 
+# ------------------------------------------------------------------ responses
+
+
+def responses(folder: Path) -> list[dict]:
+    """The rows of responses.jsonl."""
+    text = (folder / "responses.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_every_kth_step_leaves_all_its_responses_with_their_scores(here, base):
+    """Their means are the metrics of the step. Two rewards, so that a score has parts."""
+    rewards = "reward=[{name: reward.py:digits}, {name: task, weight: 0.5}]"
+    folder = run(base, "run=out", "log.responses_every=2", rewards)
+    written = responses(folder)
+    assert [row["step"] for row in written] == [2] * 16 + [4] * 16 + [6] * 16
+    for step in (2, 4, 6):
+        of_step = [row for row in written if row["step"] == step]
+        metrics = rows(folder)[step - 1]
+        assert metrics["sample"].items() <= of_step[0].items()
+        parts = [name for name in metrics if name.startswith("rewards/")]
+        assert len(parts) == 2
+        names = {"score": "reward", "truncated": "truncated_fraction"}
+        for name in ("score", "response_length", "truncated", *parts):
+            mean = metrics[names.get(name, name)]
+            assert fmean(row[name] for row in of_step) == pytest.approx(mean), name
+        for first in range(0, 16, 4):
+            assert len({row["prompt"] for row in of_step[first : first + 4]}) == 1
+        assert len({row["prompt"] for row in of_step}) > 1
+
+
+def test_a_response_without_a_score_is_written_as_null(here, base):
+    (here / "picky.py").write_text(
+        "def picky(completions, **kwargs):\n"
+        "    return [None if i == 0 else 1.0 for i in range(len(completions))]\n"
+    )
+    folder = run(base, "run=out", "log.responses_every=1", "optim.steps=1", "reward=picky.py:picky")
+    scores = [row["score"] for row in responses(folder)]
+    assert scores == [None] + [1.0] * 15
+    assert "NaN" not in (folder / "responses.jsonl").read_text()
+
+
+def test_a_resumed_run_has_the_responses_of_each_step_once(here, base):
+    """The run was killed after step 5, of which half is on disk; step 4 is the last checkpoint."""
+    options = ("log.responses_every=1", "checkpoint.every=4")
+    run(base, "run=whole", *options)
+    folder = run(base, "run=killed", *options, "optim.steps=5")
+    (folder / "checkpoints" / "step-000005").rename(here / "lost")
+    file = folder / "responses.jsonl"
+    text = file.read_text()
+    file.write_text(text[: len(text) - 400])
+    resume(folder, "optim.steps=6")
+    assert responses(folder) == responses(here / "whole")
+    assert len(responses(folder)) == 6 * 16
+    assert differences(here / "whole", folder) == []
+
+
+def test_no_step_leaves_responses_where_that_is_switched_off(here, base):
+    folder = run(base, "run=out", "log.responses_every=0", "optim.steps=1")
+    assert not (folder / "responses.jsonl").exists()
+
+
 # ------------------------------------------------------------------ checkpoints and crashes
 
 
@@ -413,6 +476,19 @@ def test_wandb_gets_each_row_under_its_step(tmp_path, monkeypatch):
     log.write({"step": 3, "reward": 0.5}, {"prompt": "1+2="})
     log.close()
     assert calls == [({"reward": 0.5}, 3), "finish"]
+
+
+def test_wandb_gets_a_table_of_responses_whenever_the_terminal_gets_a_line(here, base):
+    """Read back from what wandb keeps on disk while it is offline."""
+    folder = run(base, "run=out", "log.wandb=offline", "log.every=3")
+    tables = {}
+    for file in folder.glob("wandb/offline-run-*/files/media/table/responses_*.json"):
+        table = json.loads(file.read_text(encoding="utf-8"))
+        assert table["columns"] == ["step", "prompt", "response", "score"]
+        assert len(table["data"]) == 16
+        step, *sample = table["data"][0]
+        tables[step] = dict(zip(("prompt", "response", "score"), sample, strict=True))
+    assert tables == {step: rows(folder)[step - 1]["sample"] for step in (1, 3, 6)}
 
 
 def test_wandb_is_needed_only_where_it_is_switched_on(here, base, capsys, monkeypatch):

@@ -5,6 +5,7 @@ docs/metrics.md explains each one, and what healthy looks like.
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections import defaultdict
@@ -50,6 +51,29 @@ def rollout_metrics(rollout: Rollout, group_size: int) -> dict[str, float]:
         if not part.isnan().all():
             metrics[f"rewards/{name}"] = part.nanmean()
     return {name: float(x) for name, x in metrics.items()} | rollout.metrics
+
+
+def response_rows(rollout: Rollout) -> list[dict[str, Any]]:
+    """A row for each response of a rollout: prompt, response, score, its parts, length, truncated.
+
+    The names are those of the metrics. A score that is missing is None.
+    """
+    batch = rollout.responses
+    columns = {
+        "prompt": [example.prompt for example in rollout.examples],
+        "response": rollout.texts,
+        "score": or_none(batch.scores),
+        **{f"rewards/{name}": or_none(part) for name, part in rollout.score_parts.items()},
+        "response_length": batch.mask.sum(1).tolist(),
+        "truncated": batch.truncated.tolist(),
+    }
+    rows = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def or_none(scores: Tensor) -> list[float | None]:
+    """The numbers of a (B,) tensor, None for NaN: JSON has no NaN."""
+    return [None if math.isnan(x) else x for x in scores.tolist()]
 
 
 def distinct_2(batch: Batch) -> Tensor:

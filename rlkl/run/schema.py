@@ -248,7 +248,13 @@ class Log:
     project: str = "rlkl"
     """project name in Weights & Biases"""
     every: PositiveInt = 10
-    """steps between lines on the terminal; metrics.jsonl has every step"""
+    """steps between lines on the terminal and tables in W&B; metrics.jsonl has every step"""
+
+
+@dataclass(config=STRICT)
+class RolloutLog(Log):
+    responses_every: NonNegativeInt = 50
+    """steps between those of which responses.jsonl has every response; 0 = none"""
 
 
 @dataclass(config=STRICT)
@@ -293,7 +299,7 @@ class Config:
     kl_old: KLOld = field(default_factory=KLOld)
     optim: Optim = field(default_factory=Optim)
     eval: Eval = field(default_factory=Eval)
-    log: Log = field(default_factory=Log)
+    log: RolloutLog = field(default_factory=RolloutLog)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
     @pydantic.model_validator(mode="after")

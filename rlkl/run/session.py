@@ -91,8 +91,8 @@ class Session:
         self.data.scoring.trainer_state.global_step = self.state.step
         return self.state.step < self.cfg.optim.steps and not self.interrupt.asked
 
-    def finish_step(self, metrics: dict[str, float], sample: dict[str, Any]) -> None:
-        """Count the step, evaluate and save where it is time to, and log the metrics."""
+    def finish_step(self, metrics: dict[str, float], responses: list[dict[str, Any]]) -> None:
+        """Count the step, evaluate and save where it is time to, and log metrics and responses."""
         state, cfg = self.state, self.cfg
         state.step += 1
         save = is_time(state.step, cfg.checkpoint.every)
@@ -104,14 +104,15 @@ class Session:
                     state.best_accuracy, state.best_step = heldout["accuracy"], state.step
                     save = True
         finally:  # also where a task fails to grade: the step is done, and open_run saves it
-            self.log_metrics(metrics, sample)
+            self.log_metrics(metrics, responses)
         if save:
             self.save()
         self.advance(state.step)
 
-    def log_metrics(self, metrics: dict[str, float], sample: dict[str, Any]) -> None:
+    def log_metrics(self, metrics: dict[str, float], responses: list[dict[str, Any]]) -> None:
         """Write the row of a step, and look for reward hacking in all rows so far."""
-        step = self.state.step
+        step, log = self.state.step, self.cfg.log
+        sample = {name: responses[0][name] for name in ("prompt", "response", "score")}
         self.rows.append({"step": step, **metrics})
         suspicion = reward_hacking.suspicion(self.rows, self.state.before)
         self.rows[-1]["reward_hacking"] = float(suspicion is not None)
@@ -120,7 +121,10 @@ class Session:
             note(no_signal)
         if suspicion and reward_hacking.is_news(self.rows):
             log_reward_hacking(step, suspicion)
-        if is_time(step, self.cfg.log.every) or step == 1:
+        if is_time(step, log.responses_every):
+            self.log.write_responses(step, responses)
+        if is_time(step, log.every) or step == 1:
+            self.log.send_responses(step, responses)
             log_step(step, metrics, sample)
 
     def evaluate(self, samples: int) -> dict[str, float]:
