@@ -39,7 +39,7 @@ from rlkl.run.build import (
 )
 from rlkl.run.evaluate import evaluate
 from rlkl.run.schema import Config
-from rlkl.run.terminal import console, log_before_after, log_line
+from rlkl.run.terminal import log_before_after, log_line
 from rlkl.tasks import TASKS
 
 # The options, and sections, that an evaluation reads. It samples at most prompts * group_size
@@ -129,11 +129,10 @@ def evaluate_both(
     tokenizer, before, after = load_policies(cfg, folder, device)
     examples = heldout_examples(cfg, before, tokenizer, task)
     metrics = []
-    with build_scoring(cfg, steps=1) as scoring, console.status("") as status:
+    with build_scoring(cfg, steps=1) as scoring:
         _, is_correct, grade = task_functions(cfg, task, scoring)
         heldout = Heldout(examples, is_correct, grade)
-        for when, policy in (("before", before), ("after", after)):
-            status.update(f"{len(examples)} held-out prompts, {when}")
+        for policy in (before, after):
             params = sampling_params(policy, tokenizer, cfg.eval.temperature)
             models = Models(policy, tokenizer, sampler, params)
             metrics.append(evaluate(cfg, models, heldout, samples=cfg.eval.samples))

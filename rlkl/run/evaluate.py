@@ -13,6 +13,7 @@ from rlkl.rollout.sampling import decode, draw_uniforms, generate
 from rlkl.run.build import Heldout, Models
 from rlkl.run.schema import Config
 from rlkl.run.seeds import generator
+from rlkl.run.terminal import progress
 from rlkl.types import SamplingParams
 
 
@@ -47,20 +48,23 @@ def graded_responses(
     """(index of the example, is it correct, its grades) of each response to each held-out example.
 
     No more rows at once than a rollout has, so that they fit where it does; but all samples of a
-    prompt are together.
+    prompt are together. A bar shows how many prompts are done.
     """
     chunk = max(cfg.sampling.rows // samples, 1)
     rng = generator(0, 0, "held out")
-    for start in range(0, len(heldout.examples), chunk):
-        examples = heldout.examples[start : start + chunk]
-        rows = len(examples) * samples
-        device = models.policy.lm.device
-        uniforms = draw_uniforms(rows, cfg.sampling.max_new_tokens, rng, device)
-        batch = generate(models, examples, uniforms, params)
-        for row, response in enumerate(decode(models.tokenizer, batch)):
-            example = examples[row // samples]
-            is_correct = heldout.is_correct(example, response)
-            yield start + row // samples, is_correct, heldout.grade(example, response)
+    kind = "sampled" if params.temperature else "greedy"
+    with progress(f"held-out prompts, {kind}", len(heldout.examples)) as show_done:
+        for start in range(0, len(heldout.examples), chunk):
+            examples = heldout.examples[start : start + chunk]
+            rows = len(examples) * samples
+            device = models.policy.lm.device
+            uniforms = draw_uniforms(rows, cfg.sampling.max_new_tokens, rng, device)
+            batch = generate(models, examples, uniforms, params)
+            for row, response in enumerate(decode(models.tokenizer, batch)):
+                example = examples[row // samples]
+                is_correct = heldout.is_correct(example, response)
+                yield start + row // samples, is_correct, heldout.grade(example, response)
+            show_done(start + len(examples))
 
 
 def mean_grades(grades: list[dict[str, float]]) -> dict[str, float]:

@@ -24,10 +24,12 @@ from rlkl.run.selfcheck import selfcheck
 from rlkl.run.state import State
 from rlkl.run.terminal import (
     Interrupt,
+    StepTable,
     log_before_after,
+    log_heldout,
     log_line,
     log_reward_hacking,
-    log_step,
+    log_sample,
     note,
     progress,
 )
@@ -55,7 +57,8 @@ class Session:
         )
         self.rows = read_rows(self.log.path)
         self.interrupt = Interrupt()
-        self.advance: Callable[[int], None]  # moves the progress bar; set by open_run
+        self.table = StepTable()
+        self.show_done: Callable[[int], None]  # moves the progress bar; set by open_run
         self.last_checkpoint: Path  # set by save, which every run ends with
         self.after: dict[str, float] = {}
 
@@ -107,7 +110,7 @@ class Session:
             self.log_metrics(metrics, responses)
         if save:
             self.save()
-        self.advance(state.step)
+        self.show_done(state.step)
 
     def log_metrics(self, metrics: dict[str, float], responses: list[dict[str, Any]]) -> None:
         """Write the row of a step, and look for reward hacking in all rows so far."""
@@ -125,10 +128,20 @@ class Session:
             self.log.write_responses(step, responses)
         if is_time(step, log.every) or step == 1:
             self.log.send_responses(step, responses)
-            log_step(step, metrics, sample)
+            self.table.print(step, metrics)
+            log_sample(sample)
+        heldout = {name[5:]: x for name, x in metrics.items() if name.startswith("eval/")}
+        if heldout:
+            log_heldout(f"after step {step}", heldout)
 
     def evaluate(self, samples: int) -> dict[str, float]:
         return evaluate(self.cfg, self.models, self.data.heldout, samples=samples)
+
+    def evaluate_whole(self, when: str) -> dict[str, float]:
+        """The held-out numbers of `eval.samples` responses each. Says first what takes so long."""
+        prompts, samples = len(self.data.heldout.examples), self.cfg.eval.samples
+        log_line(f"evaluating {when}: {prompts} held-out prompts, {samples} responses each")
+        return self.evaluate(samples=samples)
 
     def save(self) -> Path:
         """Write a checkpoint, and delete those that are no longer kept."""
@@ -153,7 +166,7 @@ class Session:
             resume = f"rlkl train resume={self.folder} continues"
             log_line(f"stopped after step {state.step}: {resume}")
             return
-        self.after = self.evaluate(samples=cfg.eval.samples)
+        self.after = self.evaluate_whole("after training")
         count = len(self.data.heldout.examples)
         title = f"{count} held-out prompts, temperature {cfg.eval.temperature:g}"
         log_before_after(state.before, self.after, title)
@@ -174,11 +187,13 @@ def open_run(cfg: Config, command: str, models: Models, data: Data) -> Iterator[
         if cfg.resume is None:
             log_line(learning_signal.describe_scores(cfg, models, data))
         session = Session(cfg, models, data, state, open_folder(cfg, command))
-        state.before = state.before or session.evaluate(samples=cfg.eval.samples)
         prompts = f"{len(data.train)} prompts, {len(data.heldout.examples)} held out"
-        log_line(f"run: {session.folder}   {prompts} {state.before}")
+        log_line(f"run: {session.folder}   {prompts}")
+        state.before = state.before or session.evaluate_whole("before training")
+        log_heldout("before training", state.before)
+        bar = progress("training", cfg.optim.steps, done=state.step)
         try:
-            with session.interrupt, progress(state.step, cfg.optim.steps) as session.advance:
+            with session.interrupt, bar as session.show_done:
                 yield session
         except UserError as error:
             session.save()

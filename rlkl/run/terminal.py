@@ -1,12 +1,14 @@
-"""What a run prints: progress bar, a line every few steps, a table at the end; and its signals."""
+"""What a run prints: progress bars, a row every few steps, a table at the end; and its signals."""
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,16 +24,50 @@ from rich.table import Table
 
 console = Console(highlight=False, soft_wrap=True)
 
-SHOWN = (
-    "reward",
-    "eval/accuracy",
-    "response_length",
-    "entropy",
-    "clip_fraction",
-    "kl_old_pi",
-    "kl_pi_ref_sequence",
-    "seconds",
+# One display for all bars: one that is opened while another is shown is a line below it.
+bars = Progress(
+    TextColumn("{task.description}"),
+    BarColumn(bar_width=None),  # what the numbers leave of the line
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TextColumn("left"),
+    TimeRemainingColumn(),
+    console=console,
+    expand=True,
+    transient=True,
+    speed_estimate_period=math.inf,  # by default 30 s, in which a large model does not do a step
 )
+
+
+class Column(NamedTuple):
+    """A column of the table of steps."""
+
+    title: str
+    metric: str
+    width: int = 8  # characters, with the space before it
+    percent: bool = False
+
+
+COLUMNS = (  # the most important ones first: a narrow terminal shows as many as it has room for
+    Column("reward", "reward"),
+    Column("zero_std", "frac_reward_zero_std", 9, percent=True),
+    Column("expl_var", "explained_variance", 9),
+    Column("length", "response_length"),
+    Column("entropy", "entropy"),
+    Column("clipped", "clip_fraction", percent=True),
+    Column("grad", "grad_norm/policy"),
+    Column("kl_old", "kl_old_pi"),
+    Column("kl_ref", "kl_pi_ref_sequence"),
+    Column("sec", "seconds", 7),
+)
+LEGEND = {  # title of a column that needs one → what it is; docs/metrics.md has them all
+    "zero_std": "share of prompts whose responses all score the same: no signal",
+    "expl_var": "how much of the returns the critic predicts: 1 is all, 0 is nothing",
+    "kl_old": "KL(pi_old || pi) per token; pi_old is the policy that sampled",
+    "kl_ref": "KL(pi || ref) per response; ref is the frozen model of the start",
+}
+STEP_WIDTH = 5
+ROWS_PER_HEAD = 10
 
 
 def log_line(text: str) -> None:
@@ -45,29 +81,102 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def progress(done: int, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with the time left. Yields a function that is told how many steps are done."""
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("training", total=total, completed=done)
-        yield lambda steps: bar.update(task, completed=steps)
+def progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar with the time left, if this is a terminal. Yields a function that is told what is done.
+
+    It disappears at the end: what should stay is printed as a line.
+    """
+    outermost = console.is_terminal and not bars.live.is_started
+    task = bars.add_task(title, total=total, completed=done)
+    if outermost:
+        bars.start()
+    try:
+        yield lambda count: bars.update(task, completed=count)
+    finally:
+        if outermost:
+            bars.stop()
+        bars.remove_task(task)
 
 
-def log_step(step: int, metrics: dict[str, float], sample: dict[str, Any]) -> None:
-    """Print one line of metrics, and one prompt with its response and score."""
-    heldout = [name for name in metrics if name.startswith("eval/")]
-    names = dict.fromkeys([*SHOWN[:2], *heldout, *SHOWN[2:]])
-    numbers = "  ".join(f"{name} {metrics[name]:.3g}" for name in names if name in metrics)
-    log_line(f"step {step:5d}  {numbers}")
-    text = f"{sample['prompt']!r} → {sample['response']!r}"
-    console.print(f"  [dim]{escape(text[:200])}   score {sample['score']:g}[/]")
+class StepTable:
+    """Prints metrics of steps as rows under a head, which comes again every few rows.
+
+    The columns are the metrics that the run computes. Those that change the head, such as the
+    gradient norm of a policy after the critic's warm-up, print it again. Where there is a critic,
+    groups of equal scores teach too, and it is the explained variance that is shown.
+    """
+
+    def __init__(self) -> None:
+        self.columns: list[Column] = []
+        self.explained: set[str] = set()  # titles in a legend that was printed
+        self.rows = 0  # since the last head
+
+    def print(self, step: int, metrics: dict[str, float]) -> None:
+        """Print the row of a step."""
+        columns = [column for column in COLUMNS if column.metric in metrics]
+        if "explained_variance" in metrics:
+            columns = [column for column in columns if column.metric != "frac_reward_zero_std"]
+        columns = fitting(columns)
+        if columns != self.columns or self.rows == ROWS_PER_HEAD:
+            self.columns = columns
+            self.print_head()
+        cells = [f"{cell(metrics[c.metric], c.percent):>{c.width}}" for c in columns]
+        log_line(f"{step:{STEP_WIDTH}d}{''.join(cells)}")
+        self.rows += 1
+
+    def print_head(self) -> None:
+        """Print the titles, and before them what those mean that have not been explained."""
+        for title in [column.title for column in self.columns]:
+            if title in LEGEND and title not in self.explained:
+                self.explained.add(title)
+                console.print(f"[dim]{title:8}  {escape(LEGEND[title])}[/]", soft_wrap=False)
+        titles = [f"{column.title:>{column.width}}" for column in self.columns]
+        console.print(f"[bold]{'step':>{STEP_WIDTH}}{''.join(titles)}[/]")
+        self.rows = 0
+
+
+def fitting(columns: list[Column]) -> list[Column]:
+    """The first columns, as many as a line of the terminal has room for; all in a file."""
+    if not console.is_terminal:
+        return columns
+    ends = accumulate((column.width for column in columns), initial=STEP_WIDTH)
+    return [
+        column for column, end in zip(columns, list(ends)[1:], strict=True) if end <= console.width
+    ]
+
+
+def cell(x: float, percent: bool = False) -> str:
+    """A number in at most seven characters, with three digits if possible; a share in percent."""
+    if percent:
+        return f"{100 * x:.1f}%"
+    if 100 <= abs(x) < 1e6:
+        return f"{x:.0f}"
+    texts = f"{x:#.3g}", f"{x:#.2g}", f"{x:.1g}"
+    return next((text for text in texts if len(text) <= 7), texts[-1])
+
+
+def log_sample(sample: dict[str, Any]) -> None:
+    """Print a prompt with its response and score, in one line of the terminal."""
+    score = "none" if sample["score"] is None else f"{sample['score']:.3g}"
+    prompt, response = repr(sample["prompt"]), repr(sample["response"])
+    room = console.width - STEP_WIDTH - len(f"   →   score {score}")
+    prompt = shorten(prompt, max(room // 2, room - len(response)))
+    response = shorten(response, room - len(prompt))
+    indent = " " * (STEP_WIDTH + 1)
+    console.print(f"{indent}[dim]{escape(f'{prompt} → {response}  score {score}')}[/]")
+
+
+def shorten(text: str, width: int) -> str:
+    """The text, or its beginning and its end where it has more than `width` characters."""
+    if len(text) <= width:
+        return text
+    start = (width - 3) // 2
+    return f"{text[:start]} … {text[len(text) - (width - 3 - start) :]}"
+
+
+def log_heldout(when: str, numbers: dict[str, float]) -> None:
+    """Print held-out numbers in one line."""
+    log_line(f"held out, {when}: {', '.join(f'{name} {x:.3f}' for name, x in numbers.items())}")
 
 
 def log_reward_hacking(step: int, suspicion: str) -> None:

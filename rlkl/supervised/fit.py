@@ -73,7 +73,7 @@ def fit(
     before = after = evaluate(heldout, objective, optim.micro_tokens, count)
     updates = minibatches(train, optim.epochs, optim.batch, cfg.seed)
     skips = 0
-    with Interrupt() as interrupt, progress(0, steps) as advance:
+    with Interrupt() as interrupt, progress("training", steps) as show_done:
         for step, (items, ends_epoch) in enumerate(updates, 1):
             start = time.perf_counter()
             metrics = accumulate_gradient(items, objective, optim.micro_tokens, count)
@@ -93,7 +93,7 @@ def fit(
                 after = evaluate(heldout, objective, optim.micro_tokens, count)
                 row |= {f"eval/{name}": x for name, x in after.items()}
             log.write(row, None)
-            advance(step)
+            show_done(step)
             if ends_epoch or step % cfg.log.every == 0:
                 print_row(row)
             if interrupt.asked:
