@@ -53,7 +53,7 @@ def graded_responses(
     chunk = max(cfg.sampling.rows // samples, 1)
     rng = generator(0, 0, "held out")
     kind = "sampled" if params.temperature else "greedy"
-    with progress(f"held-out prompts, {kind}", len(heldout.examples)) as show_done:
+    with progress(f"held out, {kind}", len(heldout.examples)) as show_done:
         for start in range(0, len(heldout.examples), chunk):
             examples = heldout.examples[start : start + chunk]
             rows = len(examples) * samples

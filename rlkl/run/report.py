@@ -160,7 +160,9 @@ def first_and_last(rows: Sequence[dict]) -> tuple[Sequence[dict], Sequence[dict]
 
 
 def steps_in(rows: Sequence[dict], which: str) -> str:
-    """Such as `the last 10 steps`."""
+    """Such as `the last 10 steps`; `-` of none."""
+    if not rows:
+        return "-"
     return f"the {which} step" if len(rows) == 1 else f"the {which} {len(rows)} steps"
 
 
@@ -316,6 +318,8 @@ def draw_panel(
 ) -> None:
     """One line for each name: a mark on each point where they are few, else also a running mean."""
     for number, (label, points) in enumerate(lines.items()):
+        if not points:
+            continue
         color = f"C{number}"
         xs = [x for x, _ in points]
         ys = [y for _, y in points]
@@ -328,7 +332,7 @@ def draw_panel(
     axes.set_xlabel(x_label, fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
-    if sum(bool(points) for points in lines.values()) > 1:
+    if sum(map(bool, lines.values())) > 1:
         axes.legend(fontsize=8)
 
 

@@ -51,7 +51,7 @@ class Column(NamedTuple):
 COLUMNS = (  # the most important ones first: a narrow terminal shows as many as it has room for
     Column("reward", "reward"),
     Column("zero_std", "frac_reward_zero_std", 9, percent=True),
-    Column("expl_var", "explained_variance", 9),
+    Column("expl_var", "explained_variance", 9, percent=True),
     Column("length", "response_length"),
     Column("entropy", "entropy"),
     Column("clipped", "clip_fraction", percent=True),
@@ -62,7 +62,7 @@ COLUMNS = (  # the most important ones first: a narrow terminal shows as many as
 )
 LEGEND = {  # title of a column that needs one → what it is; docs/metrics.md has them all
     "zero_std": "share of prompts whose responses all score the same: no signal",
-    "expl_var": "how much of the returns the critic predicts: 1 is all, 0 is nothing",
+    "expl_var": "share of the variance of the returns that the critic explains",
     "kl_old": "KL(pi_old || pi) per token; pi_old is the policy that sampled",
     "kl_ref": "KL(pi || ref) per response; ref is the frozen model of the start",
 }
@@ -78,6 +78,11 @@ def log_line(text: str) -> None:
 def note(text: str) -> None:
     """Print something that the user should know, though the run goes on."""
     console.print(f"[yellow]note:[/] {escape(text)}")
+
+
+def print_words(markup: str) -> None:
+    """Print a text that a terminal breaks between words; in a file it is one line."""
+    console.print(markup, soft_wrap=not console.is_terminal)
 
 
 @contextmanager
@@ -129,7 +134,7 @@ class StepTable:
         for title in [column.title for column in self.columns]:
             if title in LEGEND and title not in self.explained:
                 self.explained.add(title)
-                console.print(f"[dim]{title:8}  {escape(LEGEND[title])}[/]", soft_wrap=False)
+                print_words(f"[dim]{title:8}  {escape(LEGEND[title])}[/]")
         titles = [f"{column.title:>{column.width}}" for column in self.columns]
         console.print(f"[bold]{'step':>{STEP_WIDTH}}{''.join(titles)}[/]")
         self.rows = 0
@@ -176,7 +181,8 @@ def shorten(text: str, width: int) -> str:
 
 def log_heldout(when: str, numbers: dict[str, float]) -> None:
     """Print held-out numbers in one line."""
-    log_line(f"held out, {when}: {', '.join(f'{name} {x:.3f}' for name, x in numbers.items())}")
+    words = [f"{name} {x:.3f}" for name, x in numbers.items()]
+    print_words(escape(f"held out, {when}: {', '.join(words)}"))
 
 
 def log_reward_hacking(step: int, suspicion: str) -> None:
