@@ -48,7 +48,7 @@ ONLY = {  # library → the packages and files that may import it
     "yaml": {"run/config", "run/folder"},
     "pydantic": {"cli/schema", "plugins", "run/config", "run/schema", "supervised/schema"},
     "rich": {"cli", "run/terminal"},
-    "matplotlib": {"run/report"},
+    "matplotlib": {"run/live_plot", "run/report"},
     "datasets": {"tasks/hub"},
     "math_verify": {"tasks/mathematics"},
     "reasoning_gym": {"tasks/gym"},

@@ -21,6 +21,7 @@ import yaml
 from rlkl.errors import UserError
 from rlkl.plugins import given
 from rlkl.run import config
+from rlkl.run.live_plot import require_notebook
 from rlkl.run.log import load_wandb
 from rlkl.run.schema import Config
 
@@ -42,6 +43,8 @@ def configure(argv: Sequence[str], options: Mapping[str, Any] | None = None) -> 
     if not folders and cfg.run != "auto":
         check_new(Path(cfg.run), f"resume={cfg.run} continues it")
     load_wandb(cfg.log.wandb)  # a missing library is found before a model is loaded
+    if cfg.log.plot:
+        require_notebook()
     return cfg
 
 

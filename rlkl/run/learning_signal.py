@@ -79,11 +79,13 @@ def warning(rows: Sequence[dict[str, Any]], sample_of_step: dict[str, Any]) -> s
         return None  # it was said before
     rewards = [row["reward"] for row in last]
     response = sample(sample_of_step["prompt"], sample_of_step["response"])
+    score = sample_of_step["score"]
+    shown_score = "none" if score is None else f"{score:g}"
     return (
         f"no signal in the last {PATIENCE} steps: the scores do not differ, so the policy learns "
         f"nothing. Scores: {min(rewards):.3g} to {max(rewards):.3g}; "
         f"{last[-1]['truncated_fraction']:.0%} of the responses truncated; a sample: {response}, "
-        f"score {sample_of_step['score']:g}. Does the prompt look as the model expects it "
-        "(task.chat)? Can a response be right within sampling.max_new_tokens? Does the score tell "
-        "a better response from a worse one?"
+        f"score {shown_score}. Does the prompt look as the model expects it (task.chat)? Can a "
+        "response be right within sampling.max_new_tokens? Does the score tell a better response "
+        "from a worse one?"
     )

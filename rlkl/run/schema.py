@@ -255,6 +255,8 @@ class Log:
 class RolloutLog(Log):
     responses_every: NonNegativeInt = 50
     """steps between those of which responses.jsonl has every response; 0 = none"""
+    plot: bool = False
+    """in a notebook: draw the metrics again with each line on the terminal"""
 
 
 @dataclass(config=STRICT)

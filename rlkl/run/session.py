@@ -17,6 +17,7 @@ from rlkl.run.build import Data, Models
 from rlkl.run.dynamic_sampling import prompt_order
 from rlkl.run.evaluate import evaluate
 from rlkl.run.folder import open_folder
+from rlkl.run.live_plot import LivePlot
 from rlkl.run.log import RunLog, read_rows
 from rlkl.run.schema import Config
 from rlkl.run.seeds import step_generator
@@ -58,6 +59,7 @@ class Session:
         self.rows = read_rows(self.log.path)
         self.interrupt = Interrupt()
         self.table = StepTable()
+        self.plot = LivePlot()
         self.show_done: Callable[[int], None]  # moves the progress bar; set by open_run
         self.last_checkpoint: Path  # set by save, which every run ends with
         self.after: dict[str, float] = {}
@@ -103,36 +105,40 @@ class Session:
             if is_time(state.step, cfg.eval.every):
                 heldout = self.evaluate(samples=1)
                 metrics |= {f"eval/{name}": x for name, x in heldout.items()}
+                log_heldout(f"after step {state.step}", heldout)
                 if heldout["accuracy"] > state.best_accuracy:
                     state.best_accuracy, state.best_step = heldout["accuracy"], state.step
                     save = True
         finally:  # also where a task fails to grade: the step is done, and open_run saves it
-            self.log_metrics(metrics, responses)
+            self.log_step(metrics, responses)
         if save:
             self.save()
         self.show_done(state.step)
 
-    def log_metrics(self, metrics: dict[str, float], responses: list[dict[str, Any]]) -> None:
-        """Write the row of a step, and look for reward hacking in all rows so far."""
+    def log_step(self, metrics: dict[str, float], responses: list[dict[str, Any]]) -> None:
+        """Write what a step came to, and print it where it is time to."""
         step, log = self.state.step, self.cfg.log
         sample = {name: responses[0][name] for name in ("prompt", "response", "score")}
         self.rows.append({"step": step, **metrics})
-        suspicion = reward_hacking.suspicion(self.rows, self.state.before)
+        suspicion = reward_hacking.suspicion(self.rows, self.before)
         self.rows[-1]["reward_hacking"] = float(suspicion is not None)
         self.log.write(self.rows[-1], sample)
-        if no_signal := learning_signal.warning(self.rows, sample):
-            note(no_signal)
-        if suspicion and reward_hacking.is_news(self.rows):
-            log_reward_hacking(step, suspicion)
         if is_time(step, log.responses_every):
             self.log.write_responses(step, responses)
+        if suspicion and reward_hacking.is_news(self.rows):
+            log_reward_hacking(step, suspicion)
+        if no_signal := learning_signal.warning(self.rows, sample):
+            note(no_signal)
         if is_time(step, log.every) or step == 1:
             self.log.send_responses(step, responses)
-            self.table.print(step, metrics)
-            log_sample(sample)
-        heldout = {name[5:]: x for name, x in metrics.items() if name.startswith("eval/")}
-        if heldout:
-            log_heldout(f"after step {step}", heldout)
+            self.show_step(metrics, sample)
+
+    def show_step(self, metrics: dict[str, float], sample: dict[str, Any]) -> None:
+        """Print a row of metrics and a sample, and draw the figure where that is asked for."""
+        self.table.print(self.state.step, metrics)
+        log_sample(sample)
+        if self.cfg.log.plot:
+            self.plot.show(self.rows, self.before)
 
     def evaluate(self, samples: int) -> dict[str, float]:
         return evaluate(self.cfg, self.models, self.data.heldout, samples=samples)

@@ -106,26 +106,29 @@ def progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[int], 
 class StepTable:
     """Prints metrics of steps as rows under a head, which comes again every few rows.
 
-    The columns are the metrics that the run computes. Those that change the head, such as the
-    gradient norm of a policy after the critic's warm-up, print it again. Where there is a critic,
-    groups of equal scores teach too, and it is the explained variance that is shown.
+    The columns are the metrics that the run has computed so far; one that a step does not have is
+    `-`. A new one, such as the gradient norm of the policy after the critic's warm-up, prints the
+    head again. Where there is a critic, groups of equal scores teach too, and it is the explained
+    variance that is shown.
     """
 
     def __init__(self) -> None:
         self.columns: list[Column] = []
+        self.computed: set[str] = set()  # metrics
         self.explained: set[str] = set()  # titles in a legend that was printed
         self.rows = 0  # since the last head
 
     def print(self, step: int, metrics: dict[str, float]) -> None:
         """Print the row of a step."""
-        columns = [column for column in COLUMNS if column.metric in metrics]
-        if "explained_variance" in metrics:
+        self.computed |= metrics.keys()
+        columns = [column for column in COLUMNS if column.metric in self.computed]
+        if "explained_variance" in self.computed:
             columns = [column for column in columns if column.metric != "frac_reward_zero_std"]
         columns = fitting(columns)
         if columns != self.columns or self.rows == ROWS_PER_HEAD:
             self.columns = columns
             self.print_head()
-        cells = [f"{cell(metrics[c.metric], c.percent):>{c.width}}" for c in columns]
+        cells = [f"{cell(metrics.get(c.metric), c.percent):>{c.width}}" for c in columns]
         log_line(f"{step:{STEP_WIDTH}d}{''.join(cells)}")
         self.rows += 1
 
@@ -150,8 +153,13 @@ def fitting(columns: list[Column]) -> list[Column]:
     ]
 
 
-def cell(x: float, percent: bool = False) -> str:
-    """A number in at most seven characters, with three digits if possible; a share in percent."""
+def cell(x: float | None, percent: bool = False) -> str:
+    """A number in at most seven characters, with three digits if possible; a share in percent.
+
+    `-` where there is none.
+    """
+    if x is None:
+        return "-"
     if percent:
         return f"{100 * x:.1f}%"
     if 100 <= abs(x) < 1e6:
