@@ -279,6 +279,12 @@ def test_activations_are_planned_as_they_are_kept(name, adapter):
         assert saved_for_backward(policy, batch) == pytest.approx(expected, rel=rel, abs=two_states)
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_activations_of_a_model_of_two_layers_are_counted_too(name):
+    """Three layers are counted, and a list by layer, as in smollm3 and gemma3, has only two."""
+    assert row_activations(model_config(name), torch.float32, Lora(), 40).inside > 0
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @with_and_without_lora
 def test_the_peak_of_learning_is_at_most_the_plan_and_not_far_below_it(adapter, checkpointing):

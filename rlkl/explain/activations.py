@@ -107,11 +107,12 @@ def shallow_model(
     """The architecture with few layers and a vocabulary of 8. Its weights are not initialised."""
     config = config_class(**json.loads(config_json))
     text = config.get_text_config()
+    for name, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:  # one entry a layer
+            setattr(text, name, (value * layers)[:layers])
     text.num_hidden_layers = layers
     text.vocab_size = 8
     text.pad_token_id = text.bos_token_id = text.eos_token_id = None
-    if getattr(text, "layer_types", None):
-        text.layer_types = (text.layer_types * layers)[:layers]
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return lm.to_empty(device="cpu").eval()
