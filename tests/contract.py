@@ -158,7 +158,6 @@ def make_task(name: str, folder):
     options = {
         "countdown": {"problems": 200},
         "reasoning_gym": {"dataset": "chain_sum", "problems": 100},
-        "math": {"heldout_path": None},
     }.get(name, {})
     if name in files:
         path = folder / f"{name}.jsonl"

@@ -150,6 +150,28 @@ def test_math_reads_both_published_formats_and_selects_levels(tmp_path):
         assert [e.prompt[0] for e in task.examples] == ["2", "5"]
 
 
+def test_a_local_folder_is_all_that_math_needs_and_its_test_split_is_held_out(tmp_path):
+    rows = [{"problem": f"{n}?", "answer": str(n)} for n in range(30)]
+    write_jsonl(tmp_path / "train.jsonl", rows[:20])
+    write_jsonl(tmp_path / "test.jsonl", rows[20:])
+    train = Mathematics("train", path=str(tmp_path), chat=False)
+    heldout = Mathematics("heldout", path=str(tmp_path), chat=False)
+    assert [e.answer for e in train.examples] == [str(n) for n in range(20)]
+    assert [e.answer for e in heldout.examples] == [str(n) for n in range(20, 30)]
+
+
+def test_a_single_file_of_math_is_divided_also_where_both_paths_name_it(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    write_jsonl(file, [{"problem": f"question {n}?", "answer": str(n)} for n in range(60)])
+    for options in ({}, {"heldout_path": str(file)}):
+        options |= {"path": str(file), "heldout": 0.3}
+        train = contents(Mathematics("train", **options))
+        heldout = contents(Mathematics("heldout", **options))
+        assert train
+        assert heldout
+        assert len(train | heldout) == len(train) + len(heldout) == 60
+
+
 def test_countdown_reads_the_published_rows(tmp_path):
     rows = [{"target": 98, "nums": [44, 19, 35]}, {"target": 64, "nums": [63, 95, 96]}]
     path = tmp_path / "train.jsonl"
@@ -192,6 +214,18 @@ def test_countdown_reads_the_published_rows(tmp_path):
         (lambda p: GSM8K("train", path=str(p / "d.jsonl")), ["d.jsonl", "no number after ####"]),
         (lambda p: GSM8K("train"), ["openai/gsm8k", "main", "cannot be read"]),
         (lambda p: Mathematics("train", path=str(p / "d.jsonl")), ["'problem'", COLUMNS]),
+        (
+            lambda p: Mathematics("heldout", path="a/b"),
+            ["task.heldout_path='HuggingFaceH4/MATH-500'", "cannot be read"],
+        ),
+        (
+            lambda p: Mathematics("heldout", path="a/b", heldout_path=str(p / "gone")),
+            ["task.heldout_path=", "gone", "no such file or folder"],
+        ),
+        (
+            lambda p: Mathematics("heldout", path="a/b", heldout_path=str(p / "d.jsonl")),
+            ["task.heldout_path=", "'problem'", COLUMNS],
+        ),
         (lambda p: Countdown("train", path=str(p / "d.jsonl")), ["'target'", COLUMNS]),
     ],
 )

@@ -94,8 +94,13 @@ def hash_key(x: Any) -> str | list[dict]:
     return x if isinstance(x, str | list) else str(x)
 
 
-def load(path: str, config: str | None, split: str) -> list[dict[str, Any]]:
-    """The rows of a split. Raises UserError of one line, whatever is missing or broken."""
+def load(
+    path: str, config: str | None, split: str, option: str = "task.path"
+) -> list[dict[str, Any]]:
+    """The rows of a split. Raises UserError of one line, whatever is missing or broken.
+
+    option: the one that names the path, for error messages.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -105,9 +110,9 @@ def load(path: str, config: str | None, split: str) -> list[dict[str, Any]]:
     file = Path(path)
     is_local = file.suffix in KINDS or path.startswith(("/", "."))
     if is_local and not file.exists():
-        raise UserError(f"task.path={path!r}: no such file or folder")
+        raise UserError(f"{option}={path!r}: no such file or folder")
     if file.is_file() and file.suffix not in KINDS:
-        raise UserError(f"task.path={path!r}: a file must be one of {', '.join(KINDS)}")
+        raise UserError(f"{option}={path!r}: a file must be one of {', '.join(KINDS)}")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below says it again
     try:
@@ -116,10 +121,10 @@ def load(path: str, config: str | None, split: str) -> list[dict[str, Any]]:
         cause = error.__cause__ or error  # some errors only say "an error occurred"
         subset = f" ({config})" if config else ""
         raise UserError(
-            f"task.path={path!r}{subset}: split {split!r} cannot be read: {first_line(cause)}"
+            f"{option}={path!r}{subset}: split {split!r} cannot be read: {first_line(cause)}"
         ) from error
     if not rows:
-        raise UserError(f"task.path={path!r}: split {split!r} holds no rows")
+        raise UserError(f"{option}={path!r}: split {split!r} holds no rows")
     return rows
 
 
@@ -143,9 +148,12 @@ def read_rows(file: Path, path: str, config: str | None, split: str) -> list[dic
         return rows.to_list()
 
 
-def require_columns(rows: list[dict[str, Any]], columns: Iterable[str], path: str) -> None:
-    """Raise UserError if a column is missing, naming those that are there."""
+def require_columns(
+    rows: list[dict[str, Any]], columns: Iterable[str], path: str, option: str = "task.path"
+) -> None:
+    """Raise UserError if a column is missing, naming those that are there.
+
+    option: the one that names the path.
+    """
     if missing := [c for c in columns if c not in rows[0]]:
-        raise UserError(
-            f"task.path={path!r}: no column {missing[0]!r}; it has {', '.join(rows[0])}"
-        )
+        raise UserError(f"{option}={path!r}: no column {missing[0]!r}; it has {', '.join(rows[0])}")

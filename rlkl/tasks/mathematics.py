@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 from rlkl.errors import UserError
@@ -14,6 +15,7 @@ from rlkl.tasks.hub import load, load_side, require_columns, user_message
 from rlkl.tasks.listed import Listed
 from rlkl.types import Example
 
+MATH_500 = "HuggingFaceH4/MATH-500"
 PROMPT = "{problem}\nLet's think step by step and output the final answer within \\boxed{}."
 MAX_CHARACTERS = 300  # that are parsed: of a box, or of the end of a response without one
 
@@ -21,8 +23,10 @@ MAX_CHARACTERS = 300  # that are parsed: of a box, or of the end of a response w
 class Mathematics(Listed):
     r"""Rows of problem, solution, level and perhaps answer.
 
-    Without an answer column the answer is the \boxed{} of the solution. Held out is the `test`
-    split of `heldout_path`, by default MATH-500. `levels` selects some of the five levels.
+    Without an answer column the answer is the \boxed{} of the solution. `levels` selects some of
+    the five levels. Held out is the `test` split of `heldout_path`. That is by default `path` where
+    it is local, and MATH-500 where it is on the hub. A single file is divided by a hash of the
+    problem.
     """
 
     def __init__(
@@ -30,21 +34,27 @@ class Mathematics(Listed):
         split: str,
         *,
         path: str = "DigitalLearningGmbH/MATH-lighteval",
-        heldout_path: str | None = "HuggingFaceH4/MATH-500",
+        heldout_path: str | None = None,
         levels: list[int] | None = None,
         prompt: str = PROMPT,
         chat: bool = True,
         heldout: float = 0.1,
     ) -> None:
         math_verify()  # raises now if it is not installed
-        if split == "heldout" and heldout_path is not None:
-            path = heldout_path
-            rows = load(path, None, "test")
+        option = "task.path"
+        if heldout_path is None:
+            heldout_path = path if Path(path).exists() else MATH_500
+        if heldout_path == path:
+            rows = load_side(split, path, None, ("train", "test"), heldout, key="problem")
+        elif split == "train":
+            rows = load(path, None, "train")
         else:
-            share = heldout if heldout_path is None else 0.0
-            rows = load_side(split, path, None, ("train", "test"), share, key="problem")
-        require_columns(rows, ("problem", "level") if levels else ("problem",), path)
-        require_columns(rows, ("answer",) if "answer" in rows[0] else ("solution",), path)
+            option, path = "task.heldout_path", heldout_path
+            rows = load(path, None, "test", option)
+        columns = ["problem", "answer" if "answer" in rows[0] else "solution"]
+        if levels:
+            columns.append("level")
+        require_columns(rows, columns, path, option)
         if levels:
             rows = [row for row in rows if level(row) in levels]
         examples = [parse(row, prompt, chat) for row in rows]
@@ -52,7 +62,7 @@ class Mathematics(Listed):
         if not self.examples:
             of_levels = f" of levels {levels}" if levels else ""
             raise UserError(
-                f"task.path={path!r}: no problem with an answer{of_levels} on the {split} side"
+                f"{option}={path!r}: no problem with an answer{of_levels} on the {split} side"
             )
 
     def score(self, example: Example, response: str) -> float:
