@@ -104,7 +104,12 @@ MISTAKES = {  # arguments → what the message contains
     "task=jsonl task.path=row.jsonl": ["row.jsonl:2", "JSON"],
     "task.path=row.jsonl": ["addition", "'path'", "digits"],
     "task=my.py:Nothing": ["no held-out prompts"],
+    "task=countdown task.problems=100": ["no chat template", "task.chat=false"],
     "sampling.max_new_tokens=64": [
+        "sampling.max_new_tokens=64 leaves no room for a prompt",
+        "context is 64 tokens",
+    ],
+    "sampling.max_new_tokens=63": [
         "5 of 5",
         "sampling.max_new_tokens",
         "sampling.max_prompt_tokens",
@@ -164,6 +169,16 @@ def test_a_mistake_is_one_line_that_names_it_and_exit_code_2(base, capsys):
     messages = {m: train_error(capsys, *arguments(base, *m.split())) for m in MISTAKES}
     bad = {m: text for m, text in messages.items() if missing(text, *MISTAKES[m])}
     assert bad == {}
+
+
+def test_a_model_or_a_template_that_is_missing_is_said_once_and_not_by_the_memory_plan_too(
+    here, base, capsys
+):
+    for mistake in ("model.name=no/such/model", "task=countdown task.problems=100"):
+        assert exit_code(train.main, arguments(base, *mistake.split())) == 2
+        captured = capsys.readouterr()
+        assert "not estimated" not in captured.out
+        assert len(captured.err.splitlines()) == 1
 
 
 def test_a_real_process_ends_with_one_line_and_exit_code_2(here):

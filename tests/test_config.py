@@ -429,6 +429,26 @@ def test_a_decorated_plugin_keeps_its_options(plugin):
     assert resolve({"name": "decorated.py:grpo"}, {}).keywords == {"scale": "group"}
 
 
+# ------------------------------------------------------------------ flags
+
+
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        (["--lr", "1e-3"], "did you mean critic.lr=1e-3 or optim.lr=1e-3?"),
+        (["--optim.lr=1e-3"], "did you mean optim.lr=1e-3?"),
+        (["--group-size", "4"], "did you mean sampling.group_size=4?"),
+        (["--seeds", "--x"], "did you mean seed=…?"),
+        (["--run", "seed=1"], "did you mean run=…?"),
+        (["--zzz"], "--help lists all"),
+    ],
+)
+def test_a_flag_is_answered_with_the_way_options_are_written(arguments, written):
+    message = refused(load, arguments)
+    assert message.startswith(f"{arguments[0]}: options are written key=value")
+    assert message.endswith(written)
+
+
 # ------------------------------------------------------------------ --help
 
 

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from rlkl.errors import UserError, exit_code
+from rlkl.explain import footprint
 from rlkl.logprobs import token_logprobs
 from rlkl.policy import lora
 from rlkl.policy.model import check_reproduced, checkpoint_layers, export, load
@@ -336,6 +337,8 @@ def test_an_adapter_on_an_adapter_names_it_and_loads_from_there(base, here):
     expected = logits_of(policy.lm, ids)
     torch.testing.assert_close(logits_of(load("two")[0].lm, ids), expected, rtol=0, atol=2e-5)
     assert (logits_of(load(first)[0].lm, ids) - expected).abs().max() > 0.01
+    architecture, _ = footprint.architecture(config.load(["model.name=two"]))
+    assert architecture.num_hidden_layers == policy.lm.config.num_hidden_layers
 
 
 def test_a_bf16_adapter_has_float32_masters_and_comes_back_bit_for_bit(base, here):

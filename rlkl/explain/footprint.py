@@ -17,6 +17,7 @@ from rlkl.logprobs import LOGITS_BUDGET
 from rlkl.logprobs.tiled import tile_for
 from rlkl.plugins import resolve
 from rlkl.policy import lora
+from rlkl.policy.model import check_folder
 from rlkl.rollout import SAMPLERS
 from rlkl.rollout.engine import default_slots
 from rlkl.rollout.sampling import encode
@@ -83,12 +84,14 @@ def architecture(cfg: Config) -> tuple[Any, PreTrainedTokenizerBase]:
     if cfg.model.name == "tiny":
         tokenizer = scratch.character_tokenizer()
         return scratch.architecture(tokenizer), tokenizer
+    check_folder(cfg.model.name)
+    base, *_ = lora.chain_of(cfg.model.name)
     try:
-        config = AutoConfig.from_pretrained(cfg.model.name)
-        return config, AutoTokenizer.from_pretrained(cfg.model.name)
+        return AutoConfig.from_pretrained(base), AutoTokenizer.from_pretrained(cfg.model.name)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"model.name={cfg.model.name!r}: its config cannot be read: {first_line(error)}"
+            f"model.name={cfg.model.name!r}: neither a folder nor a hub name whose config can be "
+            f"read: {first_line(error)}"
         ) from error
 
 
@@ -272,7 +275,10 @@ def memory_lines(plan: Memory) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def plan(cfg: Config, exact: bool, device: torch.device, task: Any) -> list[str]:
-    """The memory plan of a run on this device in lines, and what to change if it does not fit."""
+    """The memory plan of a run on this device in lines, and what to change if it does not fit.
+
+    Raises UserError where the model's config, or a prompt, cannot be read.
+    """
     try:
         config, tokenizer = architecture(cfg)
         cuda = device.type == "cuda"
@@ -294,6 +300,8 @@ def plan(cfg: Config, exact: bool, device: torch.device, task: Any) -> list[str]
                 f"{name}: {peak / 1e9:.3g}" for name, peak in peaks.items() if peak < needed.peak
             ]
             lines.append("will not fit. GB with " + ", ".join(smaller))
+    except UserError:  # what the run needs too: it would stop a moment later
+        raise
     except Exception as error:  # an estimate must not stop a run
         return [f"memory    not estimated: {first_line(error)}"]
     return lines

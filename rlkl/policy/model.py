@@ -42,9 +42,7 @@ def load(
     missing or not supported.
     """
     hf_logging.disable_progress_bar()
-    looks_like_a_path = name[:1] in ("/", ".") or name.count("/") > 1  # no hub name does
-    if looks_like_a_path and not Path(name).is_dir():
-        raise UserError(f"model.name={name!r}: no such folder here, in {Path.cwd()}")
+    check_folder(name)
     base, *adapters = lora.chain_of(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -62,6 +60,13 @@ def load(
     check_usable(name, lm, tokenizer, report["missing_keys"])
     check_reproduced(Policy(lm.to(device).eval(), vocab_size=len(tokenizer)))
     return Policy(lm.to(dtype), critic, vocab_size=len(tokenizer)).eval(), tokenizer
+
+
+def check_folder(name: str) -> None:
+    """UserError where a name can only be that of a folder, and there is none."""
+    looks_like_a_path = name[:1] in ("/", ".") or name.count("/") > 1  # no hub name does
+    if looks_like_a_path and not Path(name).is_dir():
+        raise UserError(f"model.name={name!r}: no such folder here, in {Path.cwd()}")
 
 
 def check_usable(name: str, lm: Any, tokenizer: Any, missing_keys: set[str]) -> None:

@@ -69,6 +69,12 @@ def encode(tokenizer: Any, prompt: str | list[dict]) -> list[int]:
     try:
         return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     except Exception as error:  # a template is a program and may refuse messages in any way
+        if not getattr(tokenizer, "chat_template", None):
+            raise ChatError(
+                "the prompt is chat messages, and the model's tokenizer has no chat template: take "
+                "a model that has one (an instruct model), or prompts of raw text, with "
+                f"task.chat=false where the task has this option; it was {str(prompt)[:60]}"
+            ) from error
         raise ChatError(
             "chat messages need a tokenizer with a chat template that accepts them: "
             f"{first_line(error)}; they were {str(prompt)[:60]}"

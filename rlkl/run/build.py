@@ -310,8 +310,15 @@ def filter_by_length(
     lengths = [len(encode(tokenizer, e.prompt)) for e in examples]
     context = context_of(policy.lm)
     limit = cfg.sampling.max_prompt_tokens
-    if limit is None:
-        limit = context - cfg.sampling.max_new_tokens if context else max(lengths)
+    if limit is None and context is None:
+        limit = max(lengths)
+    elif limit is None:
+        limit = context - cfg.sampling.max_new_tokens
+        if limit <= 0:
+            raise UserError(
+                f"sampling.max_new_tokens={cfg.sampling.max_new_tokens} leaves no room for a "
+                f"prompt: the model's context is {context} tokens, for prompt and response together"
+            )
     too_long = [(n, e) for n, e in zip(lengths, examples, strict=True) if not 0 < n <= limit]
     if too_long:
         tokens, first = too_long[0]

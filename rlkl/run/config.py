@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
@@ -71,7 +72,9 @@ def load(
     key, which win over the arguments. Raises UserError on any mistake.
     """
     tree = defaults(schema) if tree is None else tree
-    for arg in argv:
+    for i, arg in enumerate(argv):
+        if arg.startswith("-"):
+            refuse_flag(arg, "".join(argv[i + 1 : i + 2]), schema)
         key, equals, value = arg.partition("=")
         part = nested(key, parse_yaml(value, arg)) if equals else read_yaml(config_path(arg))
         tree = merge(tree, part)
@@ -131,6 +134,29 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
         place = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or first_line(error)
         raise UserError(f"{where}:{place} not YAML: {problem}") from error
+
+
+def refuse_flag(flag: str, following: str, schema: type) -> None:
+    """UserError on `--lr 1e-3`, which says how it is written here.
+
+    following: the argument after the flag, which may be its value.
+    """
+    name, equals, value = flag.lstrip("-").partition("=")
+    if not equals and not following.startswith("-") and "=" not in following:
+        value = following
+    keys = close_keys(name.replace("-", "_"), [key for key, *_ in options({}, schema)])
+    written = " or ".join(f"{key}={value or '…'}" for key in keys)
+    hint = f": did you mean {written}?" if keys else "; --help lists all"
+    raise UserError(f"{flag}: options are written key=value, without dashes{hint}")
+
+
+def close_keys(name: str, keys: Sequence[str]) -> list[str]:
+    """The keys that end in this name; where there is none, those that resemble it."""
+    if same := [key for key in keys if f".{key}".endswith(f".{name}")]:
+        return same
+    last_parts = [key.rpartition(".")[2] for key in keys]
+    close = difflib.get_close_matches(name, [*keys, *last_parts], n=3, cutoff=0.7)
+    return [key for key in keys if key in close or key.rpartition(".")[2] in close]
 
 
 def refuse_old_names(tree: dict) -> None:
