@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError, create_model
+from pydantic import TypeAdapter, ValidationError, create_model
 
 from rlkl.errors import UserError
 
@@ -61,13 +61,22 @@ def resolve(
 
 
 def annotation(parameter: inspect.Parameter, function: Callable) -> Any:
-    """The type of an option: its annotation, else the type of its default."""
-    if parameter.annotation is not parameter.empty:
-        kind = parameter.annotation
+    """The type of an option: its annotation, else the type of its default.
+
+    Any where it cannot be checked, such as a name that only a type checker knows.
+    """
+    kind = parameter.annotation
+    if kind is parameter.empty:
+        kind = type(parameter.default)
+    if kind in (type(None), type):  # no default, or None: nothing is known
+        return Any
+    try:
         if isinstance(kind, str):
-            return eval(kind, inspect.unwrap(function).__globals__)
-        return kind
-    return Any if parameter.default in (None, parameter.empty) else type(parameter.default)
+            kind = eval(kind, inspect.unwrap(function).__globals__)
+        TypeAdapter(kind)
+    except Exception:  # a user may annotate in any way
+        return Any
+    return kind
 
 
 def from_file(name: str, table: Mapping[str, Callable], key: str) -> Callable[..., Any]:

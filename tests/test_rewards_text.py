@@ -100,6 +100,51 @@ def test_a_function_gets_the_arguments_it_names_and_a_keyword_with_a_default_is_
         load(source, tmp_path, answer="x")
 
 
+STYLES = {
+    "TRL": "completions, level=None, bonus: float = 0",
+    "verl": "data_source, solution_str, ground_truth, extra_info=None, bonus: float = 0",
+    "plain": "example, response, bonus: float = 0",
+}
+
+
+@pytest.mark.parametrize("parameters", STYLES.values(), ids=STYLES)
+def test_an_ordinary_argument_with_a_default_is_an_option(tmp_path, parameters):
+    result = "[bonus] * len(completions)" if "completions" in parameters else "bonus"
+    source = f"def f({parameters}):\n    return {result}\n"
+    assert numbers(source, tmp_path) == [0.0, 0.0]
+    assert numbers(source, tmp_path, bonus=0.25) == [0.25, 0.25]
+    with pytest.raises(UserError, match=r"has no option 'bonsu'; it takes (level, )?bonus$"):
+        load(source, tmp_path, bonsu=1)
+    with pytest.raises(UserError, match=r"reward.bonus='x'"):
+        load(source, tmp_path, bonus="x")
+
+
+@pytest.mark.parametrize("argument", ["extra_info", "ground_truth", "answer", "prompts"])
+def test_what_a_style_passes_is_no_option(tmp_path, argument):
+    source = f"def f(solution_str, {argument}=None):\n    return 1.0\n"
+    with pytest.raises(UserError, match=f"has no option '{argument}'; it takes none"):
+        load(source, tmp_path, **{argument: 1})
+
+
+def test_an_argument_with_a_default_is_a_column_of_the_dataset_unless_it_is_set(tmp_path):
+    source = "def f(completions, level=(7, 7), **kwargs):\n    return list(level)\n"
+    assert numbers(source, tmp_path) == [1.0, 2.0]
+    assert numbers(source, tmp_path, level=[5, 6]) == [5.0, 6.0]
+    other = [Row(Example("p", "a"), "r")] * 2
+    assert numbers(source, tmp_path, other) == [7.0, 7.0]
+
+
+def test_an_option_whose_annotation_cannot_be_read_takes_anything(tmp_path):
+    source = (
+        "from __future__ import annotations\n"
+        "import threading\n"
+        "def f(solution_str, limit: OnlyForTypeCheckers = None, lock: threading.Thread = None):\n"
+        "    return limit or 2\n"
+    )
+    assert numbers(source, tmp_path) == [2.0, 2.0]
+    assert numbers(source, tmp_path, limit=3) == [3.0, 3.0]
+
+
 def test_a_missing_column_is_one_line_that_names_those_of_the_dataset(tmp_path):
     source = "def f(completions, solution, **kwargs):\n    return [0.0] * len(completions)\n"
     message = "needs 'solution'; there is answer, level, ground_truth, prompts"

@@ -6,8 +6,8 @@
     verl    compute_score(data_source, solution_str, ground_truth, extra_info=None)
             -> float | {"score": float}
 
-Each may be `async def`. Keyword-only arguments with a default are options. This file runs in the
-workers of the pool; only plain numbers and strings leave it, whatever the function raises or gives.
+Each may be `async def`. Other arguments with a default are options. This file runs in the workers
+of the pool; only plain numbers and strings leave it, whatever the function raises or gives.
 """
 
 from __future__ import annotations
@@ -110,6 +110,13 @@ STYLES = {  # a parameter that only this style has → how it is called, and whe
 }
 
 
+ARGUMENTS = {  # what the three styles pass, beside the columns of the dataset; the rest are options
+    *("example", "response", "reply"),
+    *("prompts", "completions", "completion_ids", "trainer_state", "answer"),
+    *("data_source", "solution_str", "ground_truth", "extra_info"),
+}
+
+
 def style_of(function: Callable[..., Any]) -> tuple[Callable[..., list[Any]], bool] | None:
     """How a text reward is called; None for a reward that takes the Batch."""
     parameters = inspect.signature(function).parameters
@@ -134,7 +141,7 @@ def columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
 
 
 def accepted_arguments(function: functools.partial, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that the function takes.
+    """Those of the arguments that the function takes. An option that is set stays as it is set.
 
     Raises UserError if it needs one that is not there, for example a column of another dataset.
     """
@@ -143,9 +150,10 @@ def accepted_arguments(function: functools.partial, arguments: Mapping[str, Any]
         required = p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         if required and p.name not in arguments and p.name not in function.keywords:
             raise UserError(f"it needs {p.name!r}; there is {', '.join(arguments)}")
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return dict(arguments)
     names = {p.name for p in parameters}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        names |= arguments.keys()
+    names -= function.keywords.keys()
     return {name: x for name, x in arguments.items() if name in names}
 
 
@@ -162,7 +170,10 @@ def load_reward(spec: Mapping[str, Any]) -> TextReward | None:
     style = style_of(function)
     if style is None:
         return None
-    return TextReward(resolve(spec, {name: options_only(function)}, "reward"), *style)
+    resolved = resolve(spec, {name: options_only(function)}, "reward")
+    # Only what is set is bound: an argument with a default may also be a column of the dataset.
+    options = {key: x for key, x in resolved.keywords.items() if key in spec}
+    return TextReward(functools.partial(resolved.func, **options), *style)
 
 
 def load_task(spec: Mapping[str, Any]) -> TextReward:
@@ -172,17 +183,20 @@ def load_task(spec: Mapping[str, Any]) -> TextReward:
 
 
 def options_only(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its options as its whole signature.
+    """The function with its options as its whole signature, keyword-only as `resolve` reads them.
 
-    `resolve` then takes no other keyword-only argument for an option, such as a column.
+    They are the arguments with a default that no style passes, wherever they stand.
     """
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    parameters = inspect.signature(function).parameters.values()
-    options = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty]
+    options = [
+        p.replace(kind=p.KEYWORD_ONLY)
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is not p.POSITIONAL_ONLY and p.default is not p.empty and p.name not in ARGUMENTS
+    ]
     signature = inspect.Signature(options)
     wrapper.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
     return wrapper
