@@ -45,6 +45,15 @@ def test_the_numbers_do_not_depend_on_how_many_rows_are_sampled_at_once(base):
     assert 0 < metrics["accuracy"] < 1, "numbers that could differ"
 
 
+def test_held_out_prompts_too_few_to_mean_much_are_noted(base, capsys):
+    build(configuration(base, "eval.prompts=20"), train.generate_and_score)
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if "held-out prompts" in line]
+    assert "only 20," in note
+    assert "up to 0.11;" in note  # 0.5 / sqrt(20)
+    build(configuration(base, "task=addition", "eval.prompts=30"), train.generate_and_score)
+    assert "held-out prompts" not in capsys.readouterr().out
+
+
 def test_accuracy_greedy_and_pass_at_k_are_counted_over_the_graded_responses(base):
     """A response with a digit is correct. Sampled ones come first, the k of a prompt together."""
     responses, metrics = evaluated(base, samples=3)

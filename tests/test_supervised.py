@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,26 @@ def test_sft_learns_a_file_and_leaves_an_ordinary_model_a_log_and_what_was_run(h
     assert provenance["command"].startswith("rlkl sft task=jsonl")
     assert config.load(["out/config.yaml"], schema=SFTConfig).optim.batch == 8
     assert "run=out" in error_of(capsys, *argv)
+
+
+@pytest.mark.parametrize("command", ["sft", "reward-model", "dpo"])
+def test_a_held_out_side_too_small_to_mean_much_is_noted(here, base, capsys, command):
+    """The standard error of an accuracy on N rows is at most 0.5 / sqrt(N)."""
+    data = ["data=rows.jsonl", "heldout=0.5"]
+    if command == "sft":
+        data = ["task=jsonl", "task.path=rows.jsonl", "task.heldout=0.5"]
+    row = {"answer": "ok", "chosen": "ok", "rejected": "no"}
+    for number, count in enumerate((30, 120)):
+        rows = [row | {"prompt": f"question {i}?"} for i in range(count)]
+        Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        out = run(capsys, command, *data, f"model.name={base}", f"run=out{number}")
+        heldout = int(re.search(r"(\d+) held out", out)[1])
+        notes = [line for line in out.splitlines() if line.startswith("note: held-out")]
+        assert (heldout < 30) == (number == 0)
+        assert len(notes) == (number == 0)
+        for line in notes:
+            assert f"only {heldout}," in line
+            assert f"up to {0.5 / math.sqrt(heldout):.2f};" in line
 
 
 def test_sft_of_a_fresh_model_starts_at_chance_and_is_the_same_twice(here, capsys, monkeypatch):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from rlkl.run import config
 from rlkl.run import folder as run_folder
 from rlkl.run.build import TABLES
 from rlkl.run.log import RunLog, load_wandb
-from rlkl.run.terminal import log_before_after, log_line, print_help
+from rlkl.run.terminal import log_before_after, log_line, note_few_heldout, print_help
 from rlkl.supervised.schema import SupervisedConfig
 from rlkl.supervised.scratch import write
 
@@ -38,6 +41,17 @@ def configure(argv: list[str], schema: type[S], command: str, doc: str) -> S | N
 def new_run(cfg: SupervisedConfig, command: str, argv: list[str]) -> Path:
     """Make the folder of a run of this command. Raises UserError where it exists."""
     return run_folder.make_folder(cfg, command, shlex.join(["rlkl", command, *argv]), ADVICE)
+
+
+def log_start(
+    device: torch.device, folder: Path, train: Sequence[Any], heldout: Sequence[Any], kind: str
+) -> None:
+    """Print where a run is and how much it learns from; and a note where little is held out.
+
+    kind: "rows" or "pairs".
+    """
+    log_line(f"device: {device}   run: {folder}   {len(train)} {kind}, {len(heldout)} held out")
+    note_few_heldout(len(heldout), kind, "give more, or hold out a larger share")
 
 
 def open_log(cfg: SupervisedConfig, folder: Path) -> RunLog:

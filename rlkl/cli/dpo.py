@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlkl.cli.common import configure, finish, new_run, open_log
+from rlkl.cli.common import configure, finish, log_start, new_run, open_log
 from rlkl.policy.model import context_of, load, sampling_params
 from rlkl.policy.policy import reference_of
 from rlkl.run.build import dtype_of, model_name, pick_device
-from rlkl.run.terminal import log_line
 from rlkl.supervised.data import Item, collate, filter_by_length, tokenize
 from rlkl.supervised.fit import fit
 from rlkl.supervised.preferences import Pair, dpo, read_pairs, split
@@ -33,7 +32,7 @@ def main(argv: list[str]) -> None:
     train = filter_by_length(tokenize_pairs(tokenizer, train_pairs), max_tokens, "pairs")
     heldout = filter_by_length(tokenize_pairs(tokenizer, heldout_pairs), max_tokens, "pairs")
     folder = new_run(cfg, "dpo", argv)
-    log_line(f"device: {device}   run: {folder}   {len(train)} pairs, {len(heldout)} held out")
+    log_start(device, folder, train, heldout, "pairs")
 
     def objective(items: list[Item]) -> tuple[Tensor, dict[str, Tensor]]:
         batch = collate(items, pad_id, device)

@@ -8,7 +8,7 @@ from contextlib import closing
 from rich.table import Table
 from torch import Tensor
 
-from rlkl.cli.common import configure, finish, new_run, open_log
+from rlkl.cli.common import configure, finish, log_start, new_run, open_log
 from rlkl.cli.label import generate_responses
 from rlkl.policy.model import load
 from rlkl.rewards.models import RewardModel, load_reward_model
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     train = filter_by_length(tokenize_pairs(model, train_pairs), max_tokens, "pairs")
     heldout = filter_by_length(tokenize_pairs(model, heldout_pairs), max_tokens, "pairs")
     folder = new_run(cfg, "reward-model", argv)
-    log_line(f"device: {device}   run: {folder}   {len(train)} pairs, {len(heldout)} held out")
+    log_start(device, folder, train, heldout, "pairs")
 
     def objective(items: list[Item]) -> tuple[Tensor, dict[str, Tensor]]:
         return bradley_terry(model(texts(items)))

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlkl.cli.common import configure, finish, new_run, open_log
+from rlkl.cli.common import configure, finish, log_start, new_run, open_log
 from rlkl.plugins import resolve
 from rlkl.policy.model import context_of, load, sampling_params
 from rlkl.policy.policy import Policy
 from rlkl.run.build import dtype_of, model_name, pick_device
-from rlkl.run.terminal import log_line
 from rlkl.supervised.data import Item, collate, filter_by_length, tokenize
 from rlkl.supervised.fit import count_response_tokens, cross_entropy, fit
 from rlkl.supervised.schema import SFTConfig
@@ -37,7 +36,7 @@ def main(argv: list[str]) -> None:
     train = filter_by_length(solutions(train_task, tokenizer), max_tokens, "rows")
     heldout = filter_by_length(solutions(heldout_task, tokenizer), max_tokens, "rows")
     folder = new_run(cfg, "sft", argv)
-    log_line(f"device: {device}   run: {folder}   {len(train)} rows, {len(heldout)} held out")
+    log_start(device, folder, train, heldout, "rows")
 
     def objective(items: list[Item]) -> tuple[Tensor, dict[str, Tensor]]:
         return cross_entropy(policy(collate(items, pad_id, device)).logprobs)

@@ -30,7 +30,7 @@ from rlkl.run.algorithm import Algorithm, resolve_algorithm
 from rlkl.run.dynamic_sampling import GenerateAndScore, with_dynamic_sampling
 from rlkl.run.schema import Config
 from rlkl.run.seeds import derive_seed, sample_examples
-from rlkl.run.terminal import console, log_line, note
+from rlkl.run.terminal import console, log_line, note, note_few_heldout
 from rlkl.supervised.tiny import cached_base
 from rlkl.tasks import TASKS, Addition
 from rlkl.types import Batch, Example, SamplingParams
@@ -291,7 +291,10 @@ def heldout_examples(
     """The held-out examples, the same ones for every seed."""
     count = min(cfg.eval.prompts, len(task))
     chosen = sample_examples(range(len(task)), count, seed=0, step=0)
-    return filter_by_length(cfg, policy, tokenizer, [task[i] for i in chosen], "held-out")
+    examples = filter_by_length(cfg, policy, tokenizer, [task[i] for i in chosen], "held-out")
+    advice = f"eval.prompts={cfg.eval.prompts}, and the task holds out {len(task)}"
+    note_few_heldout(len(examples), "prompts", advice)
+    return examples
 
 
 def filter_by_length(

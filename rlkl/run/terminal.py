@@ -24,6 +24,8 @@ from rich.table import Table
 
 console = Console(highlight=False, soft_wrap=True)
 
+FEW = 30  # held-out prompts, rows or pairs; with as many the standard error is at most 0.09
+
 # One display for all bars: one that is opened while another is shown is a line below it.
 bars = Progress(
     TextColumn("{task.description}"),
@@ -83,6 +85,19 @@ def note(text: str) -> None:
 def print_words(markup: str) -> None:
     """Print a text that a terminal breaks between words; in a file it is one line."""
     console.print(markup, soft_wrap=not console.is_terminal)
+
+
+def note_few_heldout(count: int, kind: str, advice: str) -> None:
+    """Say how rough a held-out number is, where it is a mean over fewer than FEW prompts or pairs.
+
+    The standard error of an accuracy is sqrt(p (1 - p) / count), at most half of 1 / sqrt(count).
+    """
+    if count < FEW:
+        error = 0.5 / math.sqrt(count)
+        note(
+            f"held-out {kind}: only {count}, so a mean over them is rough: the standard error of "
+            f"an accuracy is up to {error:.2f}; {advice}"
+        )
 
 
 @contextmanager
