@@ -54,11 +54,27 @@ def test_a_file_is_read_row_by_row_with_text_or_messages(tmp_path):
     ]
 
 
+def test_the_messages_that_two_conversations_share_are_their_prompt(tmp_path):
+    """The rows of TRL, without a prompt, and those of UltraFeedback, with its text."""
+    user = [{"role": "user", "content": "2+2?"}]
+    earlier = [*CHAT, {"role": "assistant", "content": "yes"}, *user]
+    rows = []
+    for prompt in (user, earlier):
+        chosen, rejected = (
+            [*prompt, {"role": "assistant", "content": text}] for text in ("4", "5")
+        )
+        row = {"chosen": chosen, "rejected": rejected}
+        rows += [row, row | {"prompt": prompt}, row | {"prompt": "2+2?"}]
+    pairs = read_pairs(write(tmp_path / "p.jsonl", *rows))
+    assert pairs == [Pair(user, "4", "5")] * 3 + [Pair(earlier, "4", "5")] * 3
+
+
 def test_a_pair_is_written_and_read_back():
     for pair in (Pair("p", "c", "r"), Pair(CHAT, "", "r", (True, False))):
         assert parse_pair(json.loads(json.dumps(pair.row)), "here") == pair
 
 
+YES = {"role": "assistant", "content": "yes"}
 BAD_ROWS = [  # a row, and what the message must say
     ("{", "not JSON"),
     ("[1]", "not a JSON object"),
@@ -67,6 +83,10 @@ BAD_ROWS = [  # a row, and what the message must say
     (ROW | {"prompt": 3}, "prompt must be"),
     (ROW | {"chosen": 3}, "chosen must be text"),
     (ROW | {"rejected": [{"role": "user"}]}, "rejected must be text"),
+    ({"chosen": [*CHAT, YES], "rejected": "no"}, "rejected must be a list of chat messages"),
+    ({"chosen": CHAT * 2, "rejected": CHAT * 2}, "the assistant's response"),
+    ({"chosen": [*CHAT, YES], "rejected": [YES, YES]}, "differ in their last message alone"),
+    (ROW | {"chosen": [*CHAT, YES], "rejected": [*CHAT, YES]}, "prompt is not the one"),
     (ROW | {"truncated": True}, "truncated must be"),
     (ROW | {"truncated": [1, 0]}, "truncated must be"),
 ]

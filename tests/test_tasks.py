@@ -167,6 +167,40 @@ def test_jsonl_keeps_prompt_answer_and_further_keys(tmp_path):
     assert (task[1].prompt, task[1].answer, task[1].info) == (rows[1]["prompt"], "x", {})
 
 
+def test_jsonl_reads_the_rows_of_trls_sft(tmp_path):
+    """The last message of a conversation is the answer; what comes before it is the prompt."""
+    user = {"role": "user", "content": "2+2?"}
+    four = {"role": "assistant", "content": "4"}
+    rows = [
+        {"messages": [user, four], "source": "x"},
+        {"messages": [user, four, user, four]},
+        {"prompt": [user], "completion": [four]},
+        {"prompt": "2+2?", "completion": "4"},
+    ]
+    task = Jsonl("train", path=write(tmp_path / "d.jsonl", rows), heldout=0.0)
+    assert [task[i] for i in range(4)] == [
+        Example([user], "4", {"source": "x"}),
+        Example([user, four, user], "4"),
+        Example([user], "4"),
+        Example("2+2?", "4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": [{"role": "user", "content": "2+2?"}]}, "messages must be a list"),
+        ({"messages": [{"role": "user"}, {"role": "user"}]}, "the assistant's response"),
+        ({"messages": [{"role": "user"}, {"role": "assistant"}]}, "messages must be text"),
+        ({"messages": "text"}, "messages must be a list"),
+        ({"prompt": "p", "completion": 4}, "completion must be text"),
+    ],
+)
+def test_a_conversation_without_a_response_is_refused(tmp_path, row, words):
+    with pytest.raises(UserError, match=rf"d.jsonl:1: .*{words}"):
+        Jsonl("train", path=write(tmp_path / "d.jsonl", [row]), heldout=0.0)
+
+
 def test_jsonl_rows_end_at_a_newline_and_nowhere_else(tmp_path):
     """U+2028 and U+0085 may stand in a JSON string; str.splitlines() would cut the row there."""
     row = {"prompt": "one\u2028two\x85three", "answer": "a"}

@@ -54,6 +54,17 @@ def test_a_file_of_any_kind_is_divided_by_a_hash_and_loses_no_row(tmp_path, kind
     assert train | heldout == expected
 
 
+def test_a_column_of_conversations_is_prompt_and_answer(tmp_path):
+    user, four = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+    path = tmp_path / "d.jsonl"
+    write_jsonl(path, [{"messages": [user, four], "id": 1}])
+    task = Hub("train", path=str(path), prompt="messages", answer=None, heldout=0.0)
+    assert contents(task) == {str([user]): ("4", {"id": 1})}
+    write_jsonl(path, [{"prompt": [user], "completion": [four]}])
+    task = Hub("train", path=str(path), answer="completion", heldout=0.0)
+    assert contents(task) == {str([user]): ("4", {})}
+
+
 @pytest.mark.parametrize("kind", WRITE)
 def test_a_folder_has_its_own_splits(tmp_path, kind):
     WRITE[kind](tmp_path / f"train.{kind}", ROWS[:50])

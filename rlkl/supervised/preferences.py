@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlkl.errors import UserError
+from rlkl.tasks.messages import last_turn, response_text
 from rlkl.tasks.read_jsonl import is_prompt, json_rows
 
 # ------------------------------------------------------------------ the file
@@ -39,7 +40,13 @@ def read_pairs(path: str) -> list[Pair]:
 
 
 def parse_pair(row: dict, where: str) -> Pair:
-    """One row as a Pair. Raises UserError, which starts with `where`, on a bad row."""
+    """One row as a Pair. Raises UserError, which starts with `where`, on a bad row.
+
+    chosen and rejected may also be whole conversations that differ in their last message alone:
+    what comes before it is the prompt.
+    """
+    if isinstance(row.get("chosen"), list) and len(row["chosen"]) > 1:
+        row = without_shared_prompt(row, where)
     missing = [name for name in ("prompt", "chosen", "rejected") if name not in row]
     if missing:
         raise UserError(
@@ -51,18 +58,23 @@ def parse_pair(row: dict, where: str) -> Pair:
     truncated = row.get("truncated", (False, False))
     if not isinstance(truncated, list | tuple) or [type(x) for x in truncated] != [bool, bool]:
         raise UserError(f"{where}: truncated must be two booleans, for chosen and for rejected")
-    chosen = parse_response(row["chosen"], f"{where}: chosen")
-    rejected = parse_response(row["rejected"], f"{where}: rejected")
+    chosen = response_text(row["chosen"], f"{where}: chosen")
+    rejected = response_text(row["rejected"], f"{where}: rejected")
     return Pair(prompt, chosen, rejected, tuple(truncated))
 
 
-def parse_response(response: object, where: str) -> str:
-    """The text of a response, which may also be a list of one assistant message."""
-    if isinstance(response, list) and len(response) == 1 and isinstance(response[0], dict):
-        response = response[0].get("content")
-    if not isinstance(response, str):
-        raise UserError(f"{where} must be text, or a list of one assistant message")
-    return response
+def without_shared_prompt(row: dict, where: str) -> dict:
+    """The row with the messages that chosen and rejected share as its prompt.
+
+    Where the row has a prompt, it must be these messages, or the text of the last of them.
+    """
+    prompt, chosen = last_turn(row["chosen"], f"{where}: chosen")
+    other_prompt, rejected = last_turn(row.get("rejected"), f"{where}: rejected")
+    if prompt != other_prompt:
+        raise UserError(f"{where}: chosen and rejected must differ in their last message alone")
+    if row.get("prompt", prompt) not in (prompt, prompt[-1].get("content")):
+        raise UserError(f"{where}: the prompt is not the one of the conversations")
+    return row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def split(pairs: list[Pair], heldout: float, path: str) -> tuple[list[Pair], list[Pair]]:

@@ -10,6 +10,7 @@ from typing import Any
 from rlkl.errors import UserError, first_line
 from rlkl.tasks.jsonl import Jsonl, is_prompt
 from rlkl.tasks.listed import Listed
+from rlkl.tasks.messages import last_turn, response_text
 from rlkl.tasks.split import select_side
 from rlkl.types import Example
 
@@ -19,6 +20,8 @@ KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"
 class Hub(Listed):
     """Any dataset: `prompt` and `answer` name its columns, the others go to Example.info.
 
+    answer: null where the prompt's column holds whole conversations, whose last message is the
+    answer.
     heldout_split: the split that is held out. Without it, and for a single file, about a share
     `heldout` of the rows is held out, by a hash of the prompt.
     chat: make a prompt that is text a user message; else it stays raw text.
@@ -31,23 +34,28 @@ class Hub(Listed):
         path: str,
         config: str | None = None,
         prompt: str = "prompt",
-        answer: str = "answer",
+        answer: str | None = "answer",
         chat: bool = False,
         train_split: str = "train",
         heldout_split: str | None = None,
         heldout: float = 0.1,
     ) -> None:
         rows = load_side(split, path, config, (train_split, heldout_split), heldout, key=prompt)
-        require_columns(rows, (prompt, answer), path)
+        require_columns(rows, [prompt] if answer is None else [prompt, answer], path)
         self.examples = [parse(row, prompt, answer, chat, path) for row in rows]
 
     score = Jsonl.score  # 1 if the response equals the answer, except for white space around it
 
 
-def parse(row: dict[str, Any], prompt: str, answer: str, chat: bool, path: str) -> Example:
+def parse(row: dict[str, Any], prompt: str, answer: str | None, chat: bool, path: str) -> Example:
     """One row as an Example. Raises UserError where a column has the wrong type."""
     prompt_value = row.pop(prompt)
+    if answer is None:
+        messages, response = last_turn(prompt_value, f"task.path={path!r}: {prompt}")
+        return Example(messages, response, row)
     answer_value = row.pop(answer)
+    if isinstance(answer_value, list):
+        answer_value = response_text(answer_value, f"task.path={path!r}: {answer}")
     if not is_prompt(prompt_value) or not isinstance(answer_value, str | int | float):
         raise UserError(
             f"task.path={path!r}: {prompt} must be text or chat messages, and {answer} text or a "

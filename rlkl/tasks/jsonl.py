@@ -1,9 +1,10 @@
-"""A file of {"prompt": …, "answer": …} rows, one JSON object a line."""
+"""A file of rows, one JSON object a line: {"prompt": …, "answer": …}, or a conversation."""
 
 from __future__ import annotations
 
 from rlkl.errors import UserError
 from rlkl.tasks.listed import Listed
+from rlkl.tasks.messages import last_turn, response_text
 from rlkl.tasks.read_jsonl import is_prompt, json_rows
 from rlkl.tasks.split import select_side
 from rlkl.types import Example
@@ -12,6 +13,8 @@ from rlkl.types import Example
 class Jsonl(Listed):
     """The rows of `path`; keys other than prompt and answer go to Example.info.
 
+    The rows of TRL's SFT are read too: {"prompt": …, "completion": …}, and {"messages": […]}, where
+    the last message is the answer and all before it are the prompt.
     About a share `heldout` of the prompts is held out, by a hash of the prompt.
     """
 
@@ -27,8 +30,16 @@ class Jsonl(Listed):
 
 def parse(row: dict, where: str) -> Example:
     """One row as an Example. Raises UserError naming the line."""
+    if "messages" in row and "prompt" not in row:
+        prompt, answer = last_turn(row.pop("messages"), f"{where}: messages")
+        return Example(prompt, answer, row)
+    if "completion" in row and "answer" not in row:
+        row["answer"] = response_text(row.pop("completion"), f"{where}: completion")
     if missing := [name for name in ("prompt", "answer") if name not in row]:
-        raise UserError(f"{where}: the row has no {missing[0]!r}; it needs prompt and answer")
+        raise UserError(
+            f"{where}: the row has no {missing[0]!r}; it needs prompt and answer, prompt and "
+            "completion, or messages"
+        )
     prompt = row.pop("prompt")
     answer = row.pop("answer")
     if not is_prompt(prompt) or not isinstance(answer, str | int | float):
