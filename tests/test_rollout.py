@@ -487,7 +487,7 @@ def test_generate_pads_prompts_and_calls_any_sampler_in_eval_mode_without_gradie
         def decode(self, ids, skip_special_tokens):
             return " ".join(map(str, ids.tolist()))
 
-    models = SimpleNamespace(policy=policy, tokenizer=Tokenizer(), sampler=plug_in)
+    models = SimpleNamespace(policy=policy, tokenizer=Tokenizer(), sampler=plug_in, chat=None)
     examples = [Example("5 6 7"), Example("4")]
     batch = generate(models, examples, uniforms(4, 6), sampling_params())
     assert modes == [(False, False)]

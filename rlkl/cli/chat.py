@@ -31,6 +31,7 @@ from rlkl.rollout.sampling import decode, draw_uniforms, encode, generate
 from rlkl.run import config
 from rlkl.run.build import Models, build_sampler, pick_device
 from rlkl.run.evaluate import stop_function
+from rlkl.run.schema import Chat as ChatSection
 from rlkl.run.schema import Config
 from rlkl.run.seeds import generator
 from rlkl.run.terminal import console, log_line
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> None:
     prompts = typed_prompts() if only_prompt is None else [only_prompt]
     for number, prompt in enumerate(prompts):
         try:
-            example = to_example(tokenizer, prompt, max_new_tokens, context)
+            example = to_example(tokenizer, prompt, max_new_tokens, context, cfg.chat)
         except UserError as error:
             if only_prompt is not None:
                 raise
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
         uniforms = draw_uniforms(1, max_new_tokens, rng, after.lm.device)
         responses = []
         for policy in (before, after):
-            models = Models(policy, tokenizer, sampler, params)
+            models = Models(policy, tokenizer, sampler, params, chat=cfg.chat)
             responses.append(to_response(tokenizer, generate(models, [example], uniforms, params)))
         print_responses(prompt, f"before: {cfg.model.name}", f"after: {folder.name}", responses)
 
@@ -110,14 +111,20 @@ def chat_params(options: Chat, cfg: Config, policy: Policy, tokenizer: Any) -> S
     return params._replace(stop=stop_function(tokenizer, cfg.eval.stop))
 
 
-def to_example(tokenizer: Any, prompt: str, max_new_tokens: int, context: int | None) -> Example:
+def to_example(
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int,
+    context: int | None,
+    chat: ChatSection | None = None,
+) -> Example:
     """A prompt as an Example: a user message where the tokenizer has a chat template.
 
-    context: the model's, in tokens; None where it is not known. Raises UserError on an empty
-    prompt, and on one that leaves no room for a response.
+    context: the model's, in tokens; None where it is not known. chat: the run's, if it has chat
+    prompts. Raises UserError on an empty prompt, and on one that leaves no room for a response.
     """
     example = Example([{"role": "user", "content": prompt}] if tokenizer.chat_template else prompt)
-    ids = encode(tokenizer, example.prompt)
+    ids = encode(tokenizer, example.prompt, chat)
     if not ids:
         raise UserError("the prompt is empty")
     if context is not None and len(ids) + max_new_tokens > context:

@@ -12,6 +12,7 @@ from rlkl.cli.common import configure, finish, log_start, new_run, open_log
 from rlkl.policy.model import context_of, load, sampling_params
 from rlkl.policy.policy import reference_of
 from rlkl.run.build import dtype_of, model_name, pick_device
+from rlkl.run.schema import Chat
 from rlkl.supervised.data import Item, collate, filter_by_length, tokenize
 from rlkl.supervised.fit import fit
 from rlkl.supervised.preferences import Pair, dpo, read_pairs, split
@@ -29,8 +30,10 @@ def main(argv: list[str]) -> None:
     reference = reference_of(policy)
     pad_id = sampling_params(policy, tokenizer, 1.0).pad_id
     max_tokens = cfg.max_tokens or context_of(policy.lm)
-    train = filter_by_length(tokenize_pairs(tokenizer, train_pairs), max_tokens, "pairs")
-    heldout = filter_by_length(tokenize_pairs(tokenizer, heldout_pairs), max_tokens, "pairs")
+    train = filter_by_length(tokenize_pairs(tokenizer, train_pairs, cfg.chat), max_tokens, "pairs")
+    heldout = filter_by_length(
+        tokenize_pairs(tokenizer, heldout_pairs, cfg.chat), max_tokens, "pairs"
+    )
     folder = new_run(cfg, "dpo", argv)
     log_start(device, folder, train, heldout, "pairs")
 
@@ -46,6 +49,6 @@ def main(argv: list[str]) -> None:
     finish(folder, policy.lm, tokenizer, before, after, title)
 
 
-def tokenize_pairs(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> list[Item]:
+def tokenize_pairs(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], chat: Chat) -> list[Item]:
     """Each prompt with its two responses, (chosen, rejected)."""
-    return [tokenize(tokenizer, p.prompt, (p.chosen, p.rejected), p.truncated) for p in pairs]
+    return [tokenize(tokenizer, p.prompt, (p.chosen, p.rejected), p.truncated, chat) for p in pairs]

@@ -55,6 +55,7 @@ READ = (
     "sampling.prompts",
     "sampling.group_size",
     "task",
+    "chat",
     "scoring",
     "model.dtype",
     "device",
@@ -134,6 +135,6 @@ def evaluate_both(
         heldout = Heldout(examples, is_correct, grade)
         for policy in (before, after):
             params = sampling_params(policy, tokenizer, cfg.eval.temperature)
-            models = Models(policy, tokenizer, sampler, params)
+            models = Models(policy, tokenizer, sampler, params, chat=cfg.chat)
             metrics.append(evaluate(cfg, models, heldout, samples=cfg.eval.samples))
     return metrics[0], metrics[1], len(examples)

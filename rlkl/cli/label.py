@@ -29,6 +29,7 @@ from rlkl.run.build import (
     pick_device,
     task_functions,
 )
+from rlkl.run.schema import Chat
 from rlkl.run.seeds import generator, sample_examples
 from rlkl.run.terminal import log_line
 from rlkl.supervised.data import collate, tokenize
@@ -61,13 +62,15 @@ def main(argv: list[str]) -> None:
         name = model_name(cfg.model.name, task)
         policy, tokenizer = load(name, device=device, dtype=dtype_of(cfg, device))
         if cfg.responses is not None:
-            responses = read_responses(cfg.responses, tokenizer, policy)
+            responses = read_responses(cfg.responses, tokenizer, policy, cfg.chat)
         else:
             prompts = min(cfg.sampling.prompts, len(task))
             chosen = sample_examples(range(len(task)), prompts, cfg.seed, step=0)
             examples = [task[i] for i in chosen]
             examples = filter_by_length(cfg, policy, tokenizer, examples, "train")
-            responses = generate_responses(policy, tokenizer, examples, cfg.sampling, cfg.seed)
+            responses = generate_responses(
+                policy, tokenizer, examples, cfg.sampling, cfg.seed, cfg.chat
+            )
         pairs, ties = label_pairs(responses, reward, cfg.noise, cfg.seed)
     if not pairs:
         raise UserError(f"no pairs: for each of the {ties} prompts all responses scored the same")
@@ -79,11 +82,16 @@ def main(argv: list[str]) -> None:
 
 
 def generate_responses(
-    policy: Policy, tokenizer: Any, examples: Sequence[Example], sampling: LabelSampling, seed: int
+    policy: Policy,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    sampling: LabelSampling,
+    seed: int,
+    chat: Chat | None = None,
 ) -> Iterator[Responses]:
     """`sampling.samples` responses to each example, rows "(n g)", about ROWS of them at once."""
     params = sampling_params(policy, tokenizer, sampling.temperature)
-    models = Models(policy, tokenizer, build_sampler(sampling.backend), params)
+    models = Models(policy, tokenizer, build_sampler(sampling.backend), params, chat=chat)
     rng = generator(seed, 0, "samples")
     prompts_at_once = max(ROWS // sampling.samples, 1)
     for start in range(0, len(examples), prompts_at_once):
@@ -94,7 +102,7 @@ def generate_responses(
         yield [e for e in chunk for _ in range(sampling.samples)], decode(tokenizer, batch), batch
 
 
-def read_responses(path: str, tokenizer: Any, policy: Policy) -> Iterator[Responses]:
+def read_responses(path: str, tokenizer: Any, policy: Policy, chat: Chat) -> Iterator[Responses]:
     """The rows {"prompt": …, "responses": [… , …], "answer": …} of a file, one prompt at a time.
 
     Other keys go into the example's info. Raises UserError on a bad row.
@@ -106,7 +114,7 @@ def read_responses(path: str, tokenizer: Any, policy: Policy) -> Iterator[Respon
             raise UserError(
                 f"{where}: a row needs a prompt, and responses: a list of two texts or more"
             )
-        batch = collate([tokenize(tokenizer, prompt, responses)], 0, policy.lm.device)
+        batch = collate([tokenize(tokenizer, prompt, responses, chat=chat)], 0, policy.lm.device)
         example = Example(prompt, str(row.pop("answer", "")), row)
         yield [example] * len(responses), responses, batch
 

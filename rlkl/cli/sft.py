@@ -16,6 +16,7 @@ from rlkl.plugins import resolve
 from rlkl.policy.model import context_of, load, sampling_params
 from rlkl.policy.policy import Policy
 from rlkl.run.build import dtype_of, model_name, pick_device
+from rlkl.run.schema import Chat
 from rlkl.supervised.data import Item, collate, filter_by_length, tokenize
 from rlkl.supervised.fit import count_response_tokens, cross_entropy, fit
 from rlkl.supervised.schema import SFTConfig
@@ -33,8 +34,8 @@ def main(argv: list[str]) -> None:
     policy, tokenizer = load_start(cfg, train_task, device)
     pad_id = sampling_params(policy, tokenizer, 1.0).pad_id
     max_tokens = cfg.max_tokens or context_of(policy.lm)
-    train = filter_by_length(solutions(train_task, tokenizer), max_tokens, "rows")
-    heldout = filter_by_length(solutions(heldout_task, tokenizer), max_tokens, "rows")
+    train = filter_by_length(solutions(train_task, tokenizer, cfg.chat), max_tokens, "rows")
+    heldout = filter_by_length(solutions(heldout_task, tokenizer, cfg.chat), max_tokens, "rows")
     folder = new_run(cfg, "sft", argv)
     log_start(device, folder, train, heldout, "rows")
 
@@ -59,7 +60,7 @@ def load_start(
         return load(folder, device=device, dtype=dtype)
 
 
-def solutions(task: Any, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
+def solutions(task: Any, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> list[Item]:
     """Each prompt of a task with its solution."""
     examples = [task[i] for i in range(len(task))]
-    return [tokenize(tokenizer, e.prompt, [e.solution]) for e in examples]
+    return [tokenize(tokenizer, e.prompt, [e.solution], chat=chat) for e in examples]

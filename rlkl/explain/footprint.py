@@ -102,7 +102,7 @@ def tokens(cfg: Config, tokenizer: PreTrainedTokenizerBase, task: Any = None) ->
     """The tokens of a step in which every prompt and every response is as long as it may be."""
     task = resolve(cfg.task, TASKS, "task")("train") if task is None else task
     count = min(len(task), MAX_PROMPTS)
-    longest = max(len(encode(tokenizer, task[i].prompt)) for i in range(count))
+    longest = max(len(encode(tokenizer, task[i].prompt, cfg.chat)) for i in range(count))
     longest = min(longest, cfg.sampling.max_prompt_tokens or longest)
     rows = cfg.sampling.rows
     padded = rows * (longest + cfg.sampling.max_new_tokens)

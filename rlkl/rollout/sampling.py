@@ -6,6 +6,7 @@ All randomness of a rollout is a (B, T) tensor of uniforms: the same uniforms gi
 from __future__ import annotations
 
 import bisect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,14 @@ class SamplingModels(Protocol):
     policy: Any
     tokenizer: Any
     sampler: Callable[..., Batch]  # a rollout backend
+    chat: Any  # ChatOptions | None: how the policy's chat prompts are built
+
+
+class ChatOptions(Protocol):
+    """What `encode` reads of the section `chat` of a configuration."""
+
+    system: str | None
+    template: dict[str, object]
 
 
 def generate(
@@ -34,7 +43,7 @@ def generate(
     The backend runs in eval mode and without gradients, also if it is a plug-in. Raises ChatError
     where the tokenizer's chat template refuses a prompt.
     """
-    prompts = [encode(models.tokenizer, example.prompt) for example in examples]
+    prompts = [encode(models.tokenizer, example.prompt, models.chat) for example in examples]
     prompt_ids, prompt_mask = left_pad(prompts, params.pad_id, uniforms.device)
     with sampling_mode(models.policy):
         return models.sampler(models.policy, prompt_ids, prompt_mask, uniforms, params)
@@ -59,15 +68,28 @@ def widest_float(device: torch.device) -> torch.dtype:
 # ------------------------------------------------------------------ text and token ids
 
 
-def encode(tokenizer: Any, prompt: str | list[dict]) -> list[int]:
+def encode(tokenizer: Any, prompt: str | list[dict], chat: ChatOptions | None = None) -> list[int]:
     """Token ids: raw text as it is, chat messages through the tokenizer's template.
 
-    Raises ChatError if the tokenizer has no template, or its template refuses the messages.
+    chat: the policy's system message and the options of its template. A judge has a template of its
+    own and is given none. Raises ChatError if the tokenizer has no template, if its template
+    refuses the messages, and where an option of `chat` would be without effect.
     """
+    system = chat.system if chat else None
+    template = chat.template if chat else {}
     if isinstance(prompt, str):
+        if system is not None or template:
+            raise ChatError(
+                "chat.system and chat.template are for prompts of chat messages, and this one is "
+                f"text: {prompt[:60]!r}"
+            )
         return tokenizer(prompt).input_ids
+    messages = prompt if system is None else with_system(prompt, system)
+    check_template_options(tokenizer, template)
     try:
-        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, **template
+        )
     except Exception as error:  # a template is a program and may refuse messages in any way
         if not getattr(tokenizer, "chat_template", None):
             raise ChatError(
@@ -77,8 +99,33 @@ def encode(tokenizer: Any, prompt: str | list[dict]) -> list[int]:
             ) from error
         raise ChatError(
             "chat messages need a tokenizer with a chat template that accepts them: "
-            f"{first_line(error)}; they were {str(prompt)[:60]}"
+            f"{first_line(error)}; they were {str(messages)[:60]}"
         ) from error
+
+
+def with_system(messages: list[dict], system: str) -> list[dict]:
+    """The messages behind a system message. ChatError where they begin with one of their own."""
+    first = messages[0] if messages else None
+    if isinstance(first, dict) and first.get("role") == "system":
+        raise ChatError(
+            f"chat.system={system[:60]!r}: the prompt begins with a system message of its own, "
+            f"{str(first.get('content'))[:60]!r}: leave one of the two out"
+        )
+    return [{"role": "system", "content": system}, *messages]
+
+
+def check_template_options(tokenizer: Any, options: dict[str, object]) -> None:
+    """ChatError where the tokenizer's chat template does not read an option.
+
+    A template ignores what it does not read, so a misspelt option would do nothing.
+    """
+    text = tokenizer.chat_template
+    for name in options:
+        if text and not re.search(rf"\b{re.escape(name)}\b", str(text)):
+            raise ChatError(
+                f"chat.template.{name}={options[name]!r}: the tokenizer's chat template does not "
+                f"read {name!r}"
+            )
 
 
 def decode(tokenizer: Any, batch: Batch) -> list[str]:

@@ -28,7 +28,7 @@ from rlkl.rollout.sampling import encode
 from rlkl.run import checkpoint
 from rlkl.run.algorithm import Algorithm, resolve_algorithm
 from rlkl.run.dynamic_sampling import GenerateAndScore, with_dynamic_sampling
-from rlkl.run.schema import Config
+from rlkl.run.schema import Chat, Config
 from rlkl.run.seeds import derive_seed, sample_examples
 from rlkl.run.terminal import console, log_line, note, note_few_heldout
 from rlkl.supervised.tiny import cached_base
@@ -57,6 +57,7 @@ class Models:
     sampler: Callable[..., Batch]  # a rollout backend
     params: SamplingParams
     reference: Policy | None = None
+    chat: Chat | None = None  # how the policy's chat prompts are built
     optimizer: Optimizer = field(init=False)  # only where the policy is trained
 
 
@@ -136,6 +137,7 @@ def build_models(
         sampler=sampler,
         params=sampling_params(policy, tokenizer, cfg.sampling.temperature),
         reference=reference,
+        chat=cfg.chat,
     )
     models.optimizer = Optimizer(
         policy.parameter_groups(),
@@ -310,7 +312,7 @@ def filter_by_length(
     """
     if not examples:
         raise UserError(f"the task has no {side} prompts")
-    lengths = [len(encode(tokenizer, e.prompt)) for e in examples]
+    lengths = [len(encode(tokenizer, e.prompt, cfg.chat)) for e in examples]
     context = context_of(policy.lm)
     limit = cfg.sampling.max_prompt_tokens
     if limit is None and context is None:

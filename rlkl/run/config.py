@@ -228,7 +228,7 @@ def options(
             rows += options(tables, kind, f"{key}.")
             continue
         default = f.default if f.default_factory is MISSING else f.default_factory()
-        value = default["name"] if isinstance(default, dict) else default
+        value = default.get("name", default) if isinstance(default, dict) else default
         line = description(section, f.name)
         if names := tables.get(key):
             line += f": {', '.join(names)} or file.py:function"

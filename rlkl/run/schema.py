@@ -86,6 +86,38 @@ class Lora:
     """layers that are trained in full, by the end of their name, such as model.norm"""
 
 
+# What rlkl itself passes to apply_chat_template, or what changes the kind of thing it returns.
+NOT_OF_A_TEMPLATE = (
+    "conversation",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+)
+
+
+@dataclass(config=STRICT)
+class Chat:
+    system: Annotated[str, Field(min_length=1)] | None = None
+    """system message before every chat prompt; an error where the prompt has one of its own"""
+    template: dict[str, object] = field(default_factory=dict)
+    """options of the model's chat template, such as {enable_thinking: false}"""
+
+    @pydantic.model_validator(mode="after")
+    def possible(self) -> Self:
+        """The template's own options only."""
+        for name in self.template:
+            if name in NOT_OF_A_TEMPLATE:
+                raise ValueError(f"template.{name} is set by rlkl: leave it out")
+        return self
+
+
 @dataclass(config=STRICT)
 class Critic:
     kind: Literal["none", "head", "network"] = "none"
@@ -282,6 +314,7 @@ class Config:
     critic: Critic = field(default_factory=Critic)
     task: Plugin = plugin("addition")
     """prompts, and how a response is scored"""
+    chat: Chat = field(default_factory=Chat)
     reward: Annotated[dict[str, Any] | list[dict[str, Any]] | None, BeforeValidator(rewards)] = None
     """one reward, or a list whose weighted sum counts; by default the task's own score"""
     scoring: Scoring = field(default_factory=Scoring)

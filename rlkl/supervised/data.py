@@ -9,7 +9,7 @@ import torch
 
 from rlkl.errors import UserError
 from rlkl.policy.policy import pack_by_tokens
-from rlkl.rollout.sampling import encode, left_pad, right_pad
+from rlkl.rollout.sampling import ChatOptions, encode, left_pad, right_pad
 from rlkl.run.seeds import generator
 from rlkl.run.terminal import note
 from rlkl.types import Batch
@@ -35,14 +35,15 @@ def tokenize(
     prompt: str | list[dict],
     responses: Sequence[str],
     truncated: Sequence[bool] = (),
+    chat: ChatOptions | None = None,
 ) -> Item:
     """A prompt and its responses as token ids.
 
     A response ends with the EOS, a token like any other, unless it is truncated; by default none
-    is. Raises UserError where the prompt has no tokens, and where chat messages meet a tokenizer
-    without a chat template.
+    is. chat: see `encode`. Raises UserError where the prompt has no tokens, and where chat messages
+    meet a tokenizer without a chat template.
     """
-    prompt_ids = encode(tokenizer, prompt)
+    prompt_ids = encode(tokenizer, prompt, chat)
     if not prompt_ids:
         raise UserError(f"the prompt {prompt!r} has no tokens; every row needs one at least")
     response_ids = []

@@ -15,7 +15,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from rlkl.run.schema import STRICT, Beta, Log, Plugin, Scoring, plugin
+from rlkl.run.schema import STRICT, Beta, Chat, Log, Plugin, Scoring, plugin
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -93,6 +93,7 @@ class Scratch:
 class SFTConfig(SupervisedConfig):
     task: Plugin = plugin("addition")
     """whose solutions are learned; jsonl with task.path=FILE reads rows of prompt and answer"""
+    chat: Chat = field(default_factory=Chat)
     scratch: Scratch = field(default_factory=Scratch)
 
 
@@ -125,6 +126,7 @@ class RewardModelConfig(PairsConfig):
 class DPOConfig(PairsConfig):
     beta: PositiveFloat = 0.1
     """coefficient of KL(pi || ref) in the objective that DPO solves; ref is the starting model"""
+    chat: Chat = field(default_factory=Chat)
 
 
 @dataclass(config=STRICT)
@@ -154,6 +156,7 @@ class LabelConfig:
     model: StartModel = field(default_factory=StartModel)
     task: Plugin = plugin("addition")
     """the prompts, and their score where no reward is named"""
+    chat: Chat = field(default_factory=Chat)
     sampling: LabelSampling = field(default_factory=LabelSampling)
     responses: str | None = None
     """JSONL file of {"prompt": …, "responses": [… , …]} rows to label; nothing is sampled then"""
