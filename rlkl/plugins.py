@@ -36,11 +36,7 @@ def resolve(
     name = str(spec.get("name"))
     given = {k: v for k, v in spec.items() if k != "name"}
     function = table[name] if name in table else from_file(name, table, key)
-    known = {
-        p.name: p
-        for p in inspect.signature(function).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN_BY_THE_LOOP
-    }
+    known = options_of(function)
     if unknown := sorted(set(given) - set(known)):
         takes = ", ".join(known) or "none"
         raise UserError(f"{name} has no option {unknown[0]!r}; it takes {takes}")
@@ -58,6 +54,15 @@ def resolve(
             raise UserError(f"{name} needs {option}") from error
         raise UserError(f"{option}={mistake['input']!r}: {mistake['msg'].lower()}") from error
     return functools.partial(function, **{n: getattr(checked, n) for n in known})
+
+
+def options_of(function: Callable) -> dict[str, inspect.Parameter]:
+    """The options of a plug-in, by name: its keyword-only arguments."""
+    return {
+        p.name: p
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN_BY_THE_LOOP
+    }
 
 
 def annotation(parameter: inspect.Parameter, function: Callable) -> Any:

@@ -126,7 +126,7 @@ def test_a_config_of_another_version_is_refused_by_its_first_old_or_unknown_key(
         config.write_text("ppo_epochs: 4\n" + text)
         for command, more in COMMANDS.items():
             message = refused(command, "runs/old", *more)
-            assert message.startswith(f"{old}unknown key ppo_epochs; there is s")
+            assert message.startswith(f"{old}unknown key ppo_epochs; verl's ")
         config.write_text(text.replace("name: clip", "name: ppo"))
         for command, more in COMMANDS.items():
             message = refused(command, "runs/old", *more)

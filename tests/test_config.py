@@ -142,13 +142,13 @@ def test_an_override_of_a_plugin_s_option_keeps_its_name_and_its_other_options(t
 
 def test_another_name_of_a_plugin_forgets_the_options_of_the_previous_one(tmp_path):
     (tmp_path / "one.yaml").write_text("loss: {name: gspo, epsilon: 0.3}\n")
-    (tmp_path / "two.yaml").write_text("loss: {name: sapo, tau_pos: 0.1}\n")
+    (tmp_path / "two.yaml").write_text("loss: {name: sapo, tau: 0.1}\n")
     one, two = str(tmp_path / "one.yaml"), str(tmp_path / "two.yaml")
     for switch in ("loss.name=sapo", "loss=sapo"):
         assert load(["loss.epsilon=0.1", switch]).loss == {"name": "sapo"}
         assert load([one, switch]).loss == {"name": "sapo"}
-        assert load([one, switch, "loss.tau_pos=1"]).loss == {"name": "sapo", "tau_pos": 1}
-    assert load([one, two]).loss == {"name": "sapo", "tau_pos": 0.1}
+        assert load([one, switch, "loss.tau=1"]).loss == {"name": "sapo", "tau": 1}
+    assert load([one, two]).loss == {"name": "sapo", "tau": 0.1}
 
 
 def test_options_may_come_before_the_name_where_there_is_no_plugin_yet():

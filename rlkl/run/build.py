@@ -11,10 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlkl.advantages import ADVANTAGES
 from rlkl.errors import UserError
-from rlkl.kl import KL, KL_LOSSES, KL_OLD_LOSSES
-from rlkl.losses import LOSSES, SELECTORS
 from rlkl.plugins import resolve
 from rlkl.policy import lora
 from rlkl.policy.model import checkpoint_layers, context_of, load, sampling_params
@@ -30,22 +27,13 @@ from rlkl.run.algorithm import Algorithm, resolve_algorithm
 from rlkl.run.dynamic_sampling import GenerateAndScore, with_dynamic_sampling
 from rlkl.run.schema import Chat, Config
 from rlkl.run.seeds import derive_seed, sample_examples
+from rlkl.run.tables import TABLES as TABLES
 from rlkl.run.terminal import console, log_line, note, note_few_heldout
 from rlkl.supervised.tiny import cached_base
 from rlkl.tasks import TASKS, Addition
 from rlkl.types import Batch, Example, SamplingParams
 
 T = TypeVar("T")
-TABLES = {  # what an option may name
-    "task": TASKS,
-    "reward": REWARDS,
-    "sampling.backend": SAMPLERS,
-    "advantage": ADVANTAGES,
-    "selector": SELECTORS,
-    "loss": LOSSES,
-    "kl_ref.estimator": KL | KL_LOSSES,
-    "kl_old.estimator": KL_OLD_LOSSES,
-}
 
 
 @dataclass

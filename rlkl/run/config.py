@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -13,8 +13,11 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from rlkl.errors import UserError, first_line
+from rlkl.plugins import options_of
+from rlkl.run.names import counterpart, did_you_mean
 from rlkl.run.schema import PLUGINS, Config
 from rlkl.run.shipped import shipped_configs
+from rlkl.run.tables import TABLES
 
 S = TypeVar("S")
 
@@ -40,6 +43,8 @@ RENAMED = {  # what a configuration of version 0.1 may still say → what to wri
     "loss=grpo": "loss=clip with advantage=grpo (PPO and GRPO share the loss)",
     "loss=dual_clip": "loss=clip with loss.delta=3.0, which was loss.cap",
 }
+
+OF_EVERY_PLUGIN = ("name", "weight")  # `weight` is of the parts of a reward
 
 
 class Loader(yaml.SafeLoader):
@@ -71,16 +76,21 @@ def load(
     tree: what the arguments change; by default the defaults of `schema`. options: values by dotted
     key, which win over the arguments. Raises UserError on any mistake.
     """
-    tree = defaults(schema) if tree is None else tree
+    tree = overridden(defaults(schema) if tree is None else tree, argv, schema)
+    for key, value in (options or {}).items():
+        tree = merge(tree, nested(key, value))
+    return build(tree, schema)
+
+
+def overridden(tree: dict, argv: Sequence[str], schema: type = Config) -> dict:
+    """A tree of plain values, changed by CONFIG.yaml files and `a.b=c`. Later arguments win."""
     for i, arg in enumerate(argv):
         if arg.startswith("-"):
             refuse_flag(arg, "".join(argv[i + 1 : i + 2]), schema)
         key, equals, value = arg.partition("=")
         part = nested(key, parse_yaml(value, arg)) if equals else read_yaml(config_path(arg))
         tree = merge(tree, part)
-    for key, value in (options or {}).items():
-        tree = merge(tree, nested(key, value))
-    return build(tree, schema)
+    return tree
 
 
 def nested(key: str, value: Any) -> Any:
@@ -104,9 +114,11 @@ def build(tree: dict, schema: type[S] = Config) -> S:
     if schema is Config:
         refuse_old_names(tree)
     try:
-        return TypeAdapter(schema).validate_python(tree)
+        cfg = TypeAdapter(schema).validate_python(tree)
     except ValidationError as error:
-        raise UserError(first_mistake(error, schema)) from error
+        raise UserError(first_mistake(error, tree, schema)) from error
+    refuse_unknown_options(tree, schema)
+    return cfg
 
 
 def defaults(schema: type = Config) -> dict:
@@ -174,6 +186,20 @@ def refuse_old_names(tree: dict) -> None:
             raise UserError(f"{old} has a new name: write {RENAMED[old]}")
 
 
+def checked(value: Any, kind: Any, key: str) -> Any:
+    """A value as one of this type. UserError where it is none."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"]
+        raise UserError(f"{key}={value!r}: {message[0].lower()}{message[1:]}") from error
+
+
+def yaml_text(tree: dict) -> str:
+    """A tree of plain values as the YAML of a configuration."""
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=100)
+
+
 def merge(old: dict, new: Any) -> dict:
     """Nested update. A plug-in with another name forgets the options of the one before."""
     if not isinstance(new, dict):
@@ -197,7 +223,47 @@ def as_section(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-def first_mistake(error: ValidationError, schema: type = Config) -> str:
+def refuse_unknown_options(tree: dict, schema: type) -> None:
+    """UserError where a built-in function is given an option that it does not have."""
+    for key, section in plugin_sections(tree):
+        name = str(section.get("name"))
+        if name not in TABLES[key]:  # a user's own function, or a mistake that `resolve` finds
+            continue
+        known = options_of(TABLES[key][name])
+        for option in section:
+            if option not in known and option not in OF_EVERY_PLUGIN:
+                takes = ", ".join(known) or "none"
+                here, meant = advice_on(f"{key}.{option}", tree, schema)
+                advice = f"; {here or meant}" if here or meant else ""
+                raise UserError(f"{name} has no option {option!r}; it takes {takes}{advice}")
+
+
+def plugin_sections(tree: dict) -> Iterator[tuple[str, dict]]:
+    """(key, section) of each plug-in in a tree of plain values; one for each part of a reward."""
+    for key in TABLES:
+        section: Any = tree
+        for part in key.split("."):
+            section = section.get(part) if isinstance(section, dict) else None
+        for each in section if isinstance(section, list) else [section]:
+            if isinstance(each, dict):
+                yield key, each
+
+
+def advice_on(key: str, tree: dict, schema: type) -> tuple[str, str]:
+    """(what a name of TRL or verl is here, which of our keys may be meant): parts of a message.
+
+    Names of TRL and verl are those of training: other commands have none.
+    """
+    known = [row[0] for row in options({}, schema)]
+    for section, given in plugin_sections(tree):
+        function = TABLES[section].get(str(given.get("name")))
+        known += [f"{section}.{option}" for option in (options_of(function) if function else ())]
+    sections = [f.name for f in fields(schema)]
+    here = counterpart(key, sections) if schema is Config else ""
+    return here, did_you_mean(key, known)
+
+
+def first_mistake(error: ValidationError, tree: dict, schema: type = Config) -> str:
     """The first mistake that pydantic found, as one line."""
     mistake = error.errors()[0]
     where = ".".join(str(x) for x in mistake["loc"])
@@ -206,10 +272,22 @@ def first_mistake(error: ValidationError, schema: type = Config) -> str:
         section = schema
         for key in mistake["loc"][:-1]:
             section = get_type_hints(section).get(str(key), section)
-        return f"unknown key {where}; there is {', '.join(f.name for f in fields(section))}"
+        here, meant = advice_on(first_leaf(where, mistake["input"]), tree, schema)
+        if here:
+            return f"unknown key {where}; {here}"
+        there_is = ", ".join(f.name for f in fields(section))
+        return f"unknown key {where}; there is {there_is}" + (f"; {meant}" if meant else "")
     if not where:
         return message
     return f"{where}={mistake['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def first_leaf(key: str, value: Any) -> str:
+    """The dotted key of the first plain value in a tree that stands at `key`."""
+    while isinstance(value, dict) and value:
+        name = next(iter(value))
+        key, value = f"{key}.{name}", value[name]
+    return key
 
 
 def options(

@@ -1,0 +1,112 @@
+"""The names of TRL and verl: what an unknown key is answered with, and that the table is true."""
+
+import json
+import re
+
+import pytest
+from runs_fixture import ROOT
+
+from rlkl.errors import UserError
+from rlkl.plugins import options_of
+from rlkl.run.config import load, options
+from rlkl.run.names import TRL, TRL_AROUND, names
+from rlkl.run.schema import Config
+from rlkl.run.tables import TABLES
+from rlkl.supervised.schema import SFTConfig
+
+TRL_FIELDS = json.loads((ROOT / "tests/golden/trl_fields.json").read_text())  # of TRL 1.16
+OLDER = {  # of TRL before 1.0 and of transformers 4, or of accelerate's part of a YAML file
+    *("max_prompt_length", "warmup_ratio", "use_liger_loss"),
+    *("logging_dir", "overwrite_output_dir", "save_safetensors"),
+    *("accelerate_config", "config", "datasets", "env", "num_processes"),
+}
+
+
+def message(override: str, schema: type = Config) -> str:
+    with pytest.raises(UserError) as error:
+        load([override], schema=schema)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+def test_an_unknown_key_of_trl_or_verl_is_answered_with_what_to_write_here():
+    for override, answer in {
+        "num_generations=8": "TRL's num_generations is sampling.group_size here",
+        "beta=0.04": "TRL's beta is kl_ref.coef here: with kl_ref.place=loss",
+        "lr=1e-6": "verl's actor_rollout_ref.actor.optim.lr is optim.lr here",
+        "learning_rate=1e-6": "TRL's learning_rate is optim.lr here",
+        "optim.learning_rate=1e-6": "TRL's learning_rate is optim.lr here",
+        "epsilon=0.2": "TRL's epsilon is loss.epsilon here",
+        "loss.beta=0.1": "TRL's beta is kl_ref.coef here",
+        "num_iterations=2": "TRL's num_iterations is optim.epochs here",
+        "max_completion_length=256": "TRL's max_completion_length is sampling.max_new_tokens here",
+        "use_vllm=true": "TRL's use_vllm has no counterpart here: there is no vLLM backend",
+        "logging_steps=10": "TRL's logging_steps is log.every here",
+        "actor_rollout_ref.rollout.n=8": "rollout.n is sampling.group_size here",
+        "algorithm.adv_estimator=gae": "algorithm.adv_estimator is advantage here: gae,",
+        "clip_ratio=0.2": "actor_rollout_ref.actor.clip_ratio is loss.epsilon here",
+        "loss.clip_ratio=0.2": "actor_rollout_ref.actor.clip_ratio is loss.epsilon here",
+        "critic.optim.lr=1e-5": "verl's critic.optim.lr is critic.lr here",
+        "custom_reward_function.path=a": "custom_reward_function.path is reward.name here",
+        "advantage.lam=0.9": "verl's algorithm.lam is advantage.lam here: of advantage=gae",
+    }.items():
+        assert answer in message(override), override
+
+
+def test_a_misspelt_key_is_answered_with_the_one_that_is_meant():
+    """Options of the functions that the configuration names are among them."""
+    for override, answer in {
+        "optim.lrr=1": "did you mean optim.lr?",
+        "sampling.temprature=1": "did you mean sampling.temperature?",
+        "group_size=4": "did you mean sampling.group_size?",
+        "weight_decay2=1": "did you mean optim.weight_decay?",
+        "epsilom=0.2": "did you mean loss.epsilon?",
+        "loss.epsilom=0.2": "did you mean loss.epsilon?",
+        "task={name: gsm8k, methd: strict}": "did you mean task.method?",
+        "reward=[{name: repetition, wieght: 2, coeff: 1}]": "repetition has no option 'wieght'",
+        "kl.coef=1": "did you mean kl_ref.coef or kl_old.coef?",
+    }.items():
+        assert answer in message(override), override
+    assert message("sprocket=1").startswith("unknown key sprocket; there is seed, device")
+    assert "did you mean" not in message("sprocket=1")
+
+
+def test_another_command_is_not_answered_with_names_of_the_trainer():
+    assert "TRL" not in message("learning_rate=1", SFTConfig)
+    assert message("optim.lrr=1", SFTConfig).endswith("did you mean optim.lr?")
+
+
+def test_every_field_of_trl_is_in_the_table_once_with_its_default():
+    """Those of GRPOConfig, of the classes it inherits from, and of TRL's command line."""
+    theirs = {name: x for fields in TRL_FIELDS.values() for name, x in fields.items()}
+    theirs |= TRL_FIELDS["GRPOConfig"]
+    ours = [f.name for f in TRL] + list(TRL_AROUND)
+    assert sorted(ours) == sorted({*theirs} | OLDER)
+    assert {
+        f.name: f.default for f in TRL if f.name in theirs and f.default != theirs[f.name]
+    } == {}
+    by_name = {f.name: f for f in TRL}
+    assert [f.name for f in TRL if f.only_with and f.only_with not in by_name] == []
+    assert [f.name for f in TRL if not f.here and not f.note] == []
+
+
+def test_every_option_that_the_table_names_exists():
+    known = {row[0] for row in options({})} | {"loss", "advantage", "selector", "reward", "task"}
+    for key, table in TABLES.items():
+        known |= {f"{key}.{o}" for function in table.values() for o in options_of(function)}
+        known.add(f"{key}.name")
+    sections = {key.split(".")[0] for key in known}
+    unknown = []
+    for name in names():
+        for text in (name.here, name.note):
+            for word in re.findall(r"(?<![\w./'])[a-z_]+(?:\.[a-z_]+)+", text):
+                if word.split(".")[0] in sections and word not in known:
+                    unknown.append((name.name, word))
+        if name.library == "verl" or name.name not in TRL_AROUND:
+            words = re.split(r" and ", name.here) if name.here else []
+            unknown += [
+                (name.name, w)
+                for w in words
+                if w not in known and w not in ("chat", "optim", "seed")
+            ]
+    assert unknown == []
