@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.table import Table
 from torch import Tensor
 
 from rlkl.errors import UserError
 from rlkl.explain import explain, on_cuda
+from rlkl.explain.from_trl import VERSION, translate
 from rlkl.explain.measure import games_for
 from rlkl.explain.optimum import kl_divergence, tilted, total_variation
 from rlkl.explain.predict import Prediction, measure_algorithm, predict
 from rlkl.explain.tabular import probabilities
 from rlkl.explain.verify import Expected, converge
+from rlkl.run import config
 from rlkl.run.algorithm import resolve_algorithm
 from rlkl.run.config import load
+from rlkl.run.folder import flat
 from rlkl.run.schema import Config
 from rlkl.run.terminal import console, log_line
 
-USAGE = """usage: rlkl explain [CONFIG.yaml …] [key=value …] [--verify]
+USAGE = """usage: rlkl explain [--trl FILE.yaml] [CONFIG.yaml …] [key=value …] [--verify]
 
+  --trl      translate the fields of TRL's GRPOConfig in FILE.yaml, print them as a configuration of
+             ours with what differs and what is not here, and explain that; the output is YAML with
+             comments, to be saved and run
   --verify   follow the exact expected gradient of the functions that the config names, user code
              included, on two enumerated games in float64, and compare its end with the closed form
 """
 
+NOT_IN_GRPO_CONFIG = ("model.name", "task", "reward")
 CONVERGED = 1e-9  # largest entry of the gradient at an end
 
 
@@ -30,15 +39,60 @@ def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         log_line(USAGE)
         return
-    if unknown := [a for a in argv if a.startswith("-") and a != "--verify"]:
-        raise UserError(f"rlkl explain has no option {unknown[0]!r}; it takes --verify")
-    cfg = load([a for a in argv if a != "--verify"])
+    arguments, trl_file = take_trl_file([a for a in argv if a != "--verify"])
+    if unknown := [a for a in arguments if a.startswith("-")]:
+        raise UserError(f"rlkl explain has no option {unknown[0]!r}; it takes --verify, --trl FILE")
+    if trl_file is None:
+        cfg, comment = load(arguments), ""
+    else:
+        cfg, comment = translated(trl_file, arguments), "# "
     for topic, lines in explain(cfg, on_cuda(cfg)).topics.items():
-        console.print(f"\n[bold]{topic}[/]")
+        console.print(f"\n{comment}[bold]{topic}[/]")
         for line in lines:
-            log_line(f"  {line}")
+            log_line(f"{comment}  {line}")
     if "--verify" in argv:
         verify(cfg)
+
+
+def take_trl_file(argv: list[str]) -> tuple[list[str], str | None]:
+    """The arguments without --trl FILE, and the file; None where it is not among them."""
+    if "--trl" not in argv:
+        return argv, None
+    at = argv.index("--trl")
+    if at + 1 == len(argv):
+        raise UserError("--trl needs the YAML file of a GRPOConfig: rlkl explain --trl FILE.yaml")
+    return [*argv[:at], *argv[at + 2 :]], argv[at + 1]
+
+
+def translated(file: str, overrides: list[str]) -> Config:
+    """The configuration of TRL in a file as one of ours, changed by the overrides; it is printed.
+
+    What is not an option is a comment. Raises UserError where the file cannot be translated.
+    """
+    translation = translate(config.read_yaml(Path(file)), file)
+    tree: dict = {}
+    for key, value in translation.options.items():
+        tree = config.merge(tree, config.nested(key, value))
+    tree = config.overridden(tree, overrides)
+    cfg = config.build(config.merge(config.defaults(), tree))
+    log_line(f"# {file}, a GRPOConfig of TRL {VERSION}, on one device")
+    log_line(config.yaml_text(tree).rstrip())
+    for title, notes in (
+        ("not here", translation.left_out),
+        ("not quite the same here", translation.differs),
+        ("TRL does not read", translation.unread),
+    ):
+        if notes:
+            log_line(f"\n# {title}")
+        for text in dict.fromkeys(notes.values()):
+            fields = ", ".join(name for name in notes if notes[name] == text)
+            log_line(f"#   {fields}: {text}")
+    if translation.around:
+        log_line(f"\n# does not change what is optimised\n#   {', '.join(translation.around)}")
+    given = flat(tree)
+    if missing := [key for key in NOT_IN_GRPO_CONFIG if not any(k.startswith(key) for k in given)]:
+        log_line(f"\n# to be added, as no GRPOConfig has it: {', '.join(missing)}")
+    return cfg
 
 
 def verify(cfg: Config) -> None:
