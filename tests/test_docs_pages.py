@@ -27,6 +27,7 @@ from rlkl.rollout import naive
 from rlkl.run import config
 from rlkl.run.algorithm import resolve_algorithm, updates_per_rollout
 from rlkl.run.dynamic_sampling import solved_fractions
+from rlkl.run.terminal import COLUMNS
 from rlkl.types import Example
 
 pytest_plugins = ("runs_fixture",)
@@ -484,6 +485,16 @@ def test_the_page_names_exactly_the_metrics_that_runs_write(two_runs):
     assert metrics_of_the_page() == written - {"step", "sample"}
     rare = {"explained_variance", "eval/NAME", "rewards/NAME", "kl_pi_ref_sequence"}
     assert rare | {"grad_norm/critic"} <= written
+
+
+def test_the_page_names_the_columns_of_the_terminal_and_their_metrics():
+    """In their order, percentages as such; the head that the page shows has those of GRPO."""
+    cells = re.findall(r"^\| (\w+) \| `([^`]+)`(, in percent)?", PAGES["metrics.md"], re.M)
+    assert [(title, metric, bool(percent)) for title, metric, percent in cells] == [
+        (column.title, column.metric, column.percent) for column in COLUMNS
+    ]
+    (head,) = re.findall(r"^     (step .*)$", PAGES["metrics.md"], re.M)
+    assert head.split()[1:] == [c.title for c in COLUMNS if c.title != "expl_var"]
 
 
 def test_every_metric_of_the_table_of_other_frameworks_is_one_of_the_page():
