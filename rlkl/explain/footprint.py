@@ -258,11 +258,9 @@ def memory_lines(plan: Memory) -> Iterator[tuple[str, dict[str, float]]]:
     numbers = {
         f"{name}_gb": float(f"{x / 1e9:.3g}") for name, x in (plan._asdict() | totals).items()
     }
-    masters = "masters {masters_gb}, " if plan.masters else ""
     lines = [
         "memory    {resident_gb} GB: weights {weights_gb}, reference {reference_gb}, "
-        + masters
-        + "moments {moments_gb}",
+        "masters {masters_gb}, moments {moments_gb}",
         "sampling  {sampling_gb} more: KV cache {kv_cache_gb}, logits {sampling_logits_gb}",
         "learning  {learning_gb} more: gradients {gradients_gb}, activations {activations_gb}, "
         "logits {logits_gb}",
