@@ -50,7 +50,7 @@ def test_the_numbers_are_those_of_the_files(rlkl, there):
             "seconds in steps": f"{seconds:.1f}",
             "tokens a second": f"{tokens / seconds:.0f}",
             "peak memory, GB": f"{max(row['peak_memory_gb'] for row in run):.2f}",
-            "reward, first → last 10 steps": f"{fmean(rewards[:3]):.4g} → {fmean(rewards[3:]):.4g}",
+            "reward, first → last 10 steps": f"{fmean(rewards[:3]):.3f} → {fmean(rewards[3:]):.3f}",
         }
         for name, x in heldout["before"].items():
             expected[f"held out: {name}"] = f"{x:.3f} → {heldout['after'][name]:.3f}"

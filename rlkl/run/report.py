@@ -166,10 +166,10 @@ def steps_in(rows: Sequence[dict], which: str) -> str:
     return f"the {which} step" if len(rows) == 1 else f"the {which} {len(rows)} steps"
 
 
-def average(rows: Sequence[dict], name: str) -> str:
+def average(rows: Sequence[dict], name: str, form: str = ".4g") -> str:
     """The mean of a metric over the rows that have it, or `-`."""
     values = [row[name] for row in rows if name in row]
-    return f"{fmean(values):.4g}" if values else "-"
+    return f"{fmean(values):{form}}" if values else "-"
 
 
 # ------------------------------------------------------------------ several runs
@@ -206,7 +206,7 @@ def comparison(runs: Sequence[RunSummary]) -> list[list[str]]:
     best = (f"{run.best[0]:.3f} at step {run.best[1]}" if run.best else "-" for run in runs)
     add("held out: best accuracy", best)
     ends = (first_and_last(run.rows) for run in runs)
-    rewards = (" → ".join(average(end, "reward") for end in both) for both in ends)
+    rewards = (" → ".join(average(end, "reward", ".3f") for end in both) for both in ends)
     add(f"reward, first → last {WINDOW} steps", rewards)
     seconds = [sum(row["seconds"] for row in run.rows) for run in runs]
     tokens = [sum(row["tokens"] for row in run.rows) for run in runs]
