@@ -751,6 +751,14 @@ MUTANTS = [
         whose="TRL: dropout while sampling",
     ),
     Mutant("rollout.sampling", "decode", "A[B]", "A", "rollout", nth=2),
+    Mutant(
+        "rollout.sampling",
+        "with_system",
+        "[{'role': 'system', 'content': A}, *B]",
+        "[*B, {'role': 'system', 'content': A}]",
+        "chat",
+    ),
+    Mutant("rollout.sampling", "check_template_options", "A and not B", "A and B", "chat"),
     Mutant("rollout.sampling", "right_pad", "len(A)", "len(A) - 1", "supervised", nth=3),
     Mutant(
         "rollout.sampling",

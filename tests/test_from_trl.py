@@ -10,13 +10,15 @@ import torch
 import yaml
 from golden.reading import EXACT, gradient, tensor
 from golden.reading import TRL as NUMBERS
-from runs_fixture import train
+from runs_fixture import ROOT, train
 from test_golden_trl import trl_batch
+from transformers import get_scheduler
 
 from rlkl import cli
 from rlkl.errors import UserError
 from rlkl.explain.from_trl import FIELDS, OVER_THE_ROLLOUT, translate
 from rlkl.losses import token_weights
+from rlkl.policy.optimizer import lr_scale
 from rlkl.run import config
 from rlkl.run.algorithm import resolve_algorithm
 from rlkl.run.folder import flat
@@ -221,7 +223,8 @@ def test_most_of_trl_s_loss_cases_are_translated_without_a_difference():
     """All loss types are among them; most of the others are noted because they have vLLM."""
     loss_types = {case["config"].get("loss_type", "dapo") for case in CASES.values()}
     assert loss_types == {"grpo", "bnpo", "dapo", "dr_grpo", "luspo", "cispo", "sapo", "vespo"}
-    assert len(CASES) > 80
+    page = (ROOT / "docs/coming-from.md").read_text(encoding="utf-8")
+    assert f"compares {len(CASES)} frozen" in page.replace("\n", " ")
     assert any(case["config"].get("beta") for case in CASES.values())
     assert any(case["config"].get("delta") for case in CASES.values())
 
@@ -289,6 +292,19 @@ def test_steps_and_warm_up_are_counted_in_rollouts():
     assert (cfg.optim.steps, cfg.optim.warmup) == (25, 3)
     assert cfg_of({"max_steps": 100, "warmup_ratio": 0.1}).optim.warmup == 10
     assert cfg_of({"max_steps": 100, "warmup_steps": 0.05}).optim.warmup == 5
+
+
+def test_a_schedule_without_warm_up_is_that_of_transformers():
+    """Which names them, and applies them to each update."""
+    for name in ("linear", "cosine", "constant", "constant_with_warmup"):
+        cfg = cfg_of({"lr_scheduler_type": name, "max_steps": 10})
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        theirs = get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=10)
+        for step in range(10):
+            ours = lr_scale(step, cfg.optim.steps, cfg.optim.warmup, cfg.optim.schedule)
+            assert ours == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+            optimizer.step()
+            theirs.step()
 
 
 # ------------------------------------------------------------------ the command

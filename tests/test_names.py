@@ -2,18 +2,21 @@
 
 import json
 import re
+from collections import defaultdict
 
 import pytest
 from runs_fixture import ROOT
 
+from rlkl import cli
 from rlkl.errors import UserError
 from rlkl.plugins import options_of
 from rlkl.run.config import load, options
-from rlkl.run.names import TRL, TRL_AROUND, names
+from rlkl.run.names import AROUND, TRL, TRL_AROUND, VERL, names
 from rlkl.run.schema import Config
 from rlkl.run.tables import TABLES
 from rlkl.supervised.schema import SFTConfig
 
+PAGE = ROOT / "docs" / "coming-from.md"
 TRL_FIELDS = json.loads((ROOT / "tests/golden/trl_fields.json").read_text())  # of TRL 1.16
 OLDER = {  # of TRL before 1.0 and of transformers 4, or of accelerate's part of a YAML file
     *("max_prompt_length", "warmup_ratio", "use_liger_loss"),
@@ -110,3 +113,72 @@ def test_every_option_that_the_table_names_exists():
                 if w not in known and w not in ("chat", "optim", "seed")
             ]
     assert unknown == []
+
+
+# ------------------------------------------------------------------ docs/coming-from.md
+
+
+def code(text: str) -> str:
+    """An option, or two of them, as code."""
+    return " and ".join(f"`{word}`" for word in text.split(" and "))
+
+
+def trl_table() -> str:
+    """The fields that have an option here; then the others, by the reason why they have none."""
+    lines = ["| TRL | default | here | |", "|---|---|---|---|"]
+    reasons = defaultdict(list)
+    for f in TRL:
+        if f.here:
+            default = "" if f.default is None else f"`{f.default}`"
+            lines.append(f"| `{f.name}` | {default} | {code(f.here)} | {f.note} |")
+        else:
+            reasons[f.note].append(f"`{f.name}`")
+    lines += ["", "| not here | why |", "|---|---|"]
+    lines += [f"| {', '.join(fields)} | {why} |" for why, fields in reasons.items()]
+    named = [f"`{name}` ({code(here)})" for name, here in TRL_AROUND.items() if here]
+    others = [f"`{name}`" for name, here in TRL_AROUND.items() if not here]
+    text = f"These are accepted, and {AROUND.replace('it does', 'do')}: "
+    return "\n".join([*lines, "", text + ", ".join(named + others) + "."])
+
+
+def verl_table() -> str:
+    lines = ["| verl | here | |", "|---|---|---|"]
+    for name, here, note in VERL:
+        lines.append(f"| `{name}` | {code(here) if here else 'not here'} | {note} |")
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """The page with its tables made anew."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, table in (("trl", trl_table()), ("verl", verl_table())):
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}\n{table}\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def test_the_tables_of_the_page_are_those_of_the_code():
+    """`python tests/test_names.py` writes them."""
+    assert page() == PAGE.read_text(encoding="utf-8")
+
+
+def test_the_page_shows_what_is_printed(tmp_path, monkeypatch, capsys):
+    text = PAGE.read_text(encoding="utf-8")
+    (override,) = re.findall(r"^    python train.py configs/\S+ (\S+=\S+)$", text, re.M)
+    error, shown = re.findall(r"```text\n(.*?)```", text, re.S)
+    assert error == f"error: {message(override)}\n"
+    (file,) = re.findall(r"```yaml\n# trl.yaml\n(.*?)```", text, re.S)
+    (tmp_path / "trl.yaml").write_text(file)
+    monkeypatch.chdir(tmp_path)
+    (command,) = re.findall(r"^    rlkl (explain --trl .*) > ours.yaml$", text, re.M)
+    assert cli.main(command.split()) == 0
+    printed = capsys.readouterr().out
+    assert [line for line in shown.splitlines() if line not in printed.splitlines()] == []
+    assert len(shown.splitlines()) == 9  # as the page says
+    (tmp_path / "ours.yaml").write_text(printed)
+    assert load(["ours.yaml"]).task == {"name": "addition"}
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

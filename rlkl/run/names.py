@@ -40,11 +40,9 @@ ADAPTIVE = "the coefficient is constant: entropy.coef"
 FROZEN = "the reference stays the model that training started from"
 QUANTISED = "there is no quantised training"
 GPUS = "there is one device"
-PADDING = "TRL is quicker with it, and what is learned does not change"
 TRUNCATED = (
     "a truncated sampling distribution biases the ratio, so only all tokens are sampled from"
 )
-PPO_ONLY = "only PPO has it, and TRL's PPO is gone"
 
 # ------------------------------------------------------------------ TRL
 
@@ -79,7 +77,14 @@ TRL = (
     ),
     Field("lora_modules_to_save", list[str] | None, None, "lora.modules_to_save", "", "use_peft"),
     Field("lora_dropout", float, 0.05, "", "dropout is always off", "use_peft"),
-    Field("lora_target_parameters", list[str] | None, None, "", "only layers", "use_peft"),
+    Field(
+        "lora_target_parameters",
+        list[str] | None,
+        None,
+        "",
+        "an adapter is on layers, and not on single parameters",
+        "use_peft",
+    ),
     Field("lora_task_type", str, "CAUSAL_LM", "", "always CAUSAL_LM", "use_peft"),
     Field("use_rslora", bool, False, "", "the scale is alpha / r: set lora.alpha", "use_peft"),
     Field("use_dora", bool, False, "", "plain LoRA only", "use_peft"),
@@ -114,7 +119,7 @@ TRL = (
         str,
         "sum_then_normalize",
         "",
-        "the weighted sum is normalised, and not each part before (GDPO)",
+        "rewards are summed and then normalised, never one by one (GDPO)",
     ),
     Field("max_tool_calling_iterations", int | None, None, "", "there are no tools"),
     # the rollout
@@ -262,7 +267,13 @@ TRL = (
     ),
     Field("optim", str, "adamw_torch_fused", "optim", "AdamW in float32 is the only optimizer"),
     Field("optim_args", str | None, None, "", "AdamW in float32 is the only optimizer"),
-    Field("optim_target_modules", str | list[str] | None, None, "", "all weights, or lora"),
+    Field(
+        "optim_target_modules",
+        str | list[str] | None,
+        None,
+        "",
+        "all weights are trained, or the adapter",
+    ),
     Field("weight_decay", float, 0.0, "optim.weight_decay"),
     Field("adam_beta1", float, 0.9, "optim.betas", "the first of two"),
     Field("adam_beta2", float, 0.999, "optim.betas", "the second of two"),
@@ -399,7 +410,7 @@ VERL = (
     (f"{ALGORITHM}.use_kl_in_reward", "kl_ref.place", "true is reward, with a kl_ref.coef above 0"),
     (f"{ALGORITHM}.kl_penalty", "kl_ref.estimator", "kl is k1"),
     (f"{ALGORITHM}.kl_ctrl.kl_coef", "kl_ref.coef", "with kl_ref.place=reward"),
-    (f"{ALGORITHM}.kl_ctrl.target_kl", "kl_ref.target", "in nats per response"),
+    (f"{ALGORITHM}.kl_ctrl.target_kl", "kl_ref.target", "there per token, here per response"),
     (f"{ALGORITHM}.kl_ctrl.horizon", "kl_ref.horizon", ""),
     (f"{ALGORITHM}.kl_ctrl.type", "kl_ref.target", "adaptive is a kl_ref.target, fixed is none"),
     (
@@ -410,11 +421,11 @@ VERL = (
     (
         f"{ALGORITHM}.filter_groups.max_num_gen_batches",
         "sampling.resample_rounds",
-        "there the first rollout counts too",
+        "the rounds after the first rollout",
     ),
     (f"{ALGORITHM}.rollout_correction.rollout_is", "mismatch.truncate", ""),
     (f"{ALGORITHM}.rollout_correction.rollout_is_threshold", "mismatch.cap", ""),
-    (f"{ALGORITHM}.rollout_correction.rollout_rs", "mismatch.reject", ""),
+    (f"{ALGORITHM}.rollout_correction.rollout_rs", "mismatch.reject", "k2 and k3 are not here"),
     ("critic.optim.lr", "critic.lr", ""),
     ("critic.cliprange_value", "critic.clip", "there 0.5 by default, here 0.2"),
     ("critic.ppo_epochs", "optim.epochs", "policy and critic are updated together"),
