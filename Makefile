@@ -10,7 +10,7 @@ FAST := $(addprefix tests/test_,$(addsuffix .py,losses kl advantages weights sel
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline PYTHONPATH=.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast check learn examples question question-quick figures crash measure golden mutants compat bench gpu
+.PHONY: help setup train test test-fast check first-result examples question question-quick figures crash measure golden mutants compat bench gpu
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -42,8 +42,8 @@ check: $(BIN)/.dev  ## format, lint and types
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
-learn: $(BIN)/.dev  ## PPO and GRPO from 3 seeds, and a control with shuffled advantages: about 20 minutes
-	@$(BIN)/python tests/learn.py
+first-result: $(BIN)/.run  ## GRPO and PPO from 10 base models on 3 kinds of CPU, and controls: about an hour on 2 cores; resumable
+	@$(BIN)/python -m benchmarks.first_result
 
 question: $(BIN)/.run  ## KL or trust region? 44 settings of 3 seeds each, half an hour on 2 cores; resumable
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.question.grid

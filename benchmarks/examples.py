@@ -19,6 +19,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,7 +115,17 @@ def start(example: Example, folder: Path) -> tuple[subprocess.CompletedProcess[s
 
     folder: the working directory, which the runs of a pipeline share.
     """
-    env = os.environ | {
+    return execute(command(example), folder)
+
+
+def execute(
+    command: list[str], folder: Path, env: Mapping[str, str] | None = None
+) -> tuple[subprocess.CompletedProcess[str], float]:
+    """Run a command on one thread, without network. Returns the process and its CPU seconds.
+
+    env: variables to set beside those of this process.
+    """
+    defaults = {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
@@ -122,7 +133,12 @@ def start(example: Example, folder: Path) -> tuple[subprocess.CompletedProcess[s
     }
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        command(example), cwd=folder, env=env, capture_output=True, text=True, check=False
+        command,
+        cwd=folder,
+        env=os.environ | defaults | dict(env or {}),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

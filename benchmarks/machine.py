@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import re
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +14,17 @@ import torch
 
 def where(*libraries: str) -> dict[str, Any]:
     """Device, threads, and the versions of Python, torch and `libraries`."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     versions = {name: version(name) for name in ("torch", *libraries)}
     versions["python"] = platform.python_version()
     return {"device": device, "threads": torch.get_num_threads(), "versions": versions}
+
+
+def processor() -> str:
+    """The name of the CPU, or at least its architecture."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def clock() -> float:

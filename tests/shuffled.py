@@ -1,4 +1,4 @@
-"""Controls for `make learn`: the real advantages, given to other responses.
+"""Controls for `make first-result`: the real advantages, given to other responses.
 
 A run with `advantage.name=tests/shuffled.py:grpo` learns nothing, unless something leaks. The order
 comes from torch's global generator, which is seeded at each step.

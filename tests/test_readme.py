@@ -1,6 +1,5 @@
 """The README: its plug-in runs, its commands print what it shows, its numbers are measured ones."""
 
-import json
 import re
 from pathlib import Path
 
@@ -43,20 +42,6 @@ def test_the_explanation_in_the_readme_is_what_the_command_prints(capsys, monkey
     lines = shown.splitlines()
     assert len(lines) > 3
     assert [line for line in printed if line in lines] == lines
-
-
-def test_the_results_of_the_readme_are_those_of_make_learn():
-    """Each row: config, seed or control, before → after, as in benchmarks/results/learn.json."""
-    results = json.loads((ROOT / "benchmarks/results/learn.json").read_text(encoding="utf-8"))
-    shown = re.findall(
-        r"^\| `(configs/[\w.-]+)` \| ([\w ]+) \| ([\d.]+) → ([\d.]+) \|", README, re.M
-    )
-    expected = []
-    for row in results["rows"]:
-        seed = "control" if row["control"] else str(row["seed"])
-        before, after = row["accuracy"]
-        expected.append((row["config"], seed, f"{before:.3f}", f"{after:.3f}"))
-    assert shown == expected
 
 
 def test_every_config_is_valid_and_begins_with_a_comment():

@@ -197,11 +197,8 @@ def model_name(name: str, task: Any = None) -> str:
     examples = [task[i] for i in range(len(task))]
     with console.status("") as status:
 
-        def progress(accuracy: float, goal: float) -> None:
-            status.update(
-                f"making the tiny base model, once: sampled accuracy {accuracy:.2f}, "
-                f"stops at {goal}"
-            )
+        def progress(step: int, steps: int) -> None:
+            status.update(f"making the tiny base model, once: step {step} of {steps}")
 
         return str(cached_base(progress, examples))
 
