@@ -22,7 +22,8 @@ from rlkl.run.folder import flat
 from rlkl.run.schema import Config
 from rlkl.run.terminal import console, log_line
 
-USAGE = """usage: rlkl explain [--trl FILE.yaml] [CONFIG.yaml …] [key=value …] [--verify]
+USAGE = """usage: rlkl explain [CONFIG.yaml …] [key=value …] [--verify]
+       rlkl explain --trl FILE.yaml [CONFIG.yaml …] [key=value …] [--verify]
 
   --trl      translate the fields of TRL's GRPOConfig in FILE.yaml, print them as a configuration of
              ours with what differs and what is not here, and explain that; the output is YAML with
