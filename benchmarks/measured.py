@@ -36,7 +36,7 @@ GREEDY_DPO = ("beta=0.1", "optim.lr=3e-4", "optim.epochs=2", "run=runs/tiny-rlhf
 GRADE_DPO = ("model.name=runs/tiny-rlhf/dpo/model", "optim.steps=1")
 GRADE_GREEDY_DPO = ("model.name=runs/tiny-rlhf/dpo-far/model", "optim.steps=1")
 MORE = (
-    ("tiny-grpo", ("run=runs/grpo", "optim.steps=50")),
+    ("tiny-grpo", ("run=runs/grpo", "optim.steps=100")),
     ("tiny-lora", ("run=runs/lora", "optim.steps=40")),
     ("tiny-lora", ("seed=1",)),
     ("tiny-lora", ("optim.lr=1e-3",)),

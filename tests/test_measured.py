@@ -133,7 +133,7 @@ def test_the_page_about_preferences_quotes_a_dpo_that_went_too_far():
 def test_the_page_about_commands_shows_the_two_runs_that_it_names():
     text = page("commands")
     for name, *overrides in (
-        ("tiny-grpo", "run=runs/grpo", "optim.steps=50"),
+        ("tiny-grpo", "run=runs/grpo", "optim.steps=100"),
         ("tiny-lora", "run=runs/lora", "optim.steps=40"),
     ):
         assert f"python train.py configs/{name}.yaml {' '.join(overrides)} " in text
