@@ -10,7 +10,7 @@ FAST := $(addprefix tests/test_,$(addsuffix .py,losses kl advantages weights sel
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline PYTHONPATH=.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast check first-result examples question question-quick figures crash measure golden mutants compat bench gpu
+.PHONY: help setup train test test-fast check first-result examples question question-quick figures real crash measure golden mutants compat bench gpu
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -24,6 +24,11 @@ $(BIN)/.run: pyproject.toml constraints.txt
 $(BIN)/.dev: $(BIN)/.run
 	@echo "installing the test tools into $(VENV)"
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+$(BIN)/.real: $(BIN)/.dev
+	@echo "installing what reads GGUF files into $(VENV)"
+	@$(PIP) gguf
 	@touch $@
 
 setup: $(BIN)/.dev  ## the environment, test tools included
@@ -60,6 +65,9 @@ examples: $(BIN)/.dev  ## every config for a CPU, end to end, in one table: abou
 
 measure: $(BIN)/.dev  ## every config for a CPU as it stands, and the tables of the pages from it: about 40 minutes
 	@$(BIN)/python -m benchmarks.measured
+
+real: $(BIN)/.real  ## PPO and GRPO on a pre-trained model from the package index, 3 seeds and a control; resumable, about MINUTES minutes
+	@$(BIN)/python -m benchmarks.real.runs
 
 crash: $(BIN)/.dev  ## kill -9 at 20 random moments, resumed each time, against an uninterrupted run
 	@$(TEST) $(BIN)/python tests/crash.py
