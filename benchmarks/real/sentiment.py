@@ -6,7 +6,6 @@ their accuracy counts what the model understands, and not what it has memorised.
 
 from __future__ import annotations
 
-
 from rlkl.tasks.listed import Listed
 from rlkl.types import Example
 
