@@ -10,8 +10,8 @@ from runs_fixture import ROOT
 
 from benchmarks.pages import filled
 from benchmarks.real import model, page, runs
-from benchmarks.real.kindness import REQUESTS, THINGS, Kindness, share_of_kind_words
 from benchmarks.real.model import cached_folder
+from benchmarks.real.replies import Replies, share_of_polite_words
 from benchmarks.real.runs import RUNS, Run
 from benchmarks.real.sentiment import ADJECTIVES, SENTENCES, Sentiment
 from rlkl.errors import UserError
@@ -43,18 +43,15 @@ def test_a_held_out_review_shares_neither_its_sentence_nor_its_adjective_with_tr
         assert set(re.findall(r"[a-z]+", text)).isdisjoint(heldout), text
 
 
-def test_no_adjective_or_thing_is_listed_twice_and_both_labels_are_as_frequent():
+def test_no_adjective_is_listed_twice_and_both_labels_are_as_frequent():
     for side in SIDES:
         words = [*itertools.chain(*ADJECTIVES[side].values())]
         assert len({*words}) == len(words)
         answers = [example.answer for example in Sentiment(side)]
         assert answers.count("positive") == answers.count("negative") == len(answers) / 2
-    things = THINGS["train"] + THINGS["heldout"]
-    assert len({*things}) == len(things)
-    assert set(REQUESTS["train"]).isdisjoint(REQUESTS["heldout"])
 
 
-@pytest.mark.parametrize("task", [Sentiment, Kindness])
+@pytest.mark.parametrize("task", [Sentiment, Replies])
 def test_a_side_is_the_same_every_time_and_no_prompt_is_on_both(task):
     assert [*task("train")] == [*task("train")]
     train, heldout = texts(task("train")), texts(task("heldout"))
@@ -71,19 +68,35 @@ def test_the_right_word_alone_is_correct_in_any_case_and_with_a_full_stop():
         assert task.score(example, response) == 0, response
 
 
-def test_one_kind_word_alone_has_the_largest_reward_but_is_not_what_is_meant():
-    task = Kindness("heldout")
-    example = Example("", "zoo")
-    for response, share, score in (
-        ("The zoo is great.", 1 / 4, 1),
-        ("Zoos: great, lovely", 2 / 3, 1),
-        ("great great", 1, 0),
-        ("The zoo is great but boring.", 1 / 6, 0),
-        ("The zoo is old.", 0, 0),
+def test_a_reply_thanks_for_praise_and_apologises_for_blame_in_a_sentence():
+    task = Replies("heldout")
+    praise = next(e for e in task if e.answer == "positive")
+    blame = next(e for e in task if e.answer == "negative")
+    for response, for_praise, for_blame in (
+        ("I'm glad to hear that!", 1, 0),
+        ("We are sorry to hear that.", 0, 1),
+        ("We are sorry, and glad you came.", 0, 0),
+        ("The coffee tasted splendid.", 0, 0),
+        ("Thanks", 0, 0),
+        ("sorry sorry", 0, 0),
         ("", 0, 0),
     ):
-        assert share_of_kind_words(example, response) == pytest.approx(share), response
-        assert task.score(example, response) == score, response
+        assert task.score(praise, response) == for_praise, response
+        assert task.score(blame, response) == for_blame, response
+    for example in task:
+        assert task.score(example, example.solution) == 1
+
+
+def test_a_polite_word_alone_has_the_largest_reward_but_is_no_reply():
+    example = Example("")
+    for response, share in (
+        ("Thank you very much!", 1 / 4),
+        ("Sorry, sorry", 1),
+        ("THANKS", 1),
+        ("No.", 0),
+        ("", 0),
+    ):
+        assert share_of_polite_words(example, response) == share, response
 
 
 # ------------------------------------------------------------------ the model
@@ -175,7 +188,7 @@ def test_a_seed_without_the_gain_and_a_control_with_it_fail():
         "grpo-1": (0.1, 0.2),
         "grpo-shuffled": (0.1, 0.3),
         "ppo": (0.1, 0.2),
-        "kind": (0.3, 0.0),
+        "replies": (0.3, 0.0),
     }
     rows = [{"name": n, "found": {"accuracy": accuracy}} for n, accuracy in found.items()]
     assert [line.split(":")[0] for line in runs.failures(rows)] == [

@@ -27,8 +27,8 @@ def sections(results: dict[str, Any]) -> dict[str, str]:
     return {
         "real": learned(rows),
         "real-samples": samples(rows["grpo-0"]),
-        "real-kind": samples(rows["kind-kl-off"], rows["kind"]),
-        "real-kl": kl(rows["kind"], rows["kind-kl-off"]),
+        "real-replies": samples(rows["replies"], rows["replies-kl-off"]),
+        "real-kl": kl(rows["replies"], rows["replies-kl-off"]),
         "real-report": table(results["report"][0], results["report"][1:]),
     }
 
@@ -63,7 +63,7 @@ def quoted(text: str) -> str:
 def kl(*rows: dict[str, Any]) -> str:
     """A column for each run: how its metrics change from the first step to the last ones."""
     metrics = {
-        "reward": "reward: share of kind words",
+        "reward": "reward: share of polite words",
         "response_length": "tokens of a response",
         "entropy": "entropy, nats a token",
         "ref_logprob": "log-prob of a token under the reference, nats",
@@ -74,6 +74,6 @@ def kl(*rows: dict[str, Any]) -> str:
         curves = [row["curves"][name] for row in rows]
         lines.append([title, *(f"{c[0]:.3g} → {fmean(c[-LAST:]):.3g}" for c in curves)])
     gold = ["{:.3f} → {:.3f}".format(*row["found"]["accuracy"]) for row in rows]
-    lines.append(["held out: names the thing, and is kind", *gold])
+    lines.append(["held out: a sentence that fits the review", *gold])
     lines.append(["warned of reward hacking", *("yes" if row["hacking"] else "no" for row in rows)])
     return table(["", *(row["name"] for row in rows)], lines)

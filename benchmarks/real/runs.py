@@ -84,10 +84,10 @@ RUNS = (  # the longest first
     Run("grpo-1", "real-grpo", ("seed=1",)),
     Run("grpo-2", "real-grpo", ("seed=2",)),
     Run("grpo-shuffled", "real-grpo", ("advantage=tests/shuffled.py:grpo",)),
-    Run("kind", "real-kind"),
-    Run("kind-kl-off", "real-kind", ("kl_ref.coef=0",)),
+    Run("replies", "real-replies"),
+    Run("replies-kl-off", "real-replies", ("kl_ref.coef=0",)),
 )
-COMPARED = ("kind", "kind-kl-off")  # what `rlkl report` puts side by side
+COMPARED = ("replies", "replies-kl-off")  # what `rlkl report` puts side by side
 
 
 # ------------------------------------------------------------------ running

@@ -68,10 +68,8 @@ class Sentiment(Listed):
 
     def __init__(self, split: str) -> None:
         self.examples = [
-            example(sentence.format(adjective), label)
-            for sentence in SENTENCES[split]
-            for label, adjectives in ADJECTIVES[split].items()
-            for adjective in adjectives
+            Example(chat(INSTRUCTION.format(review=review)), label)
+            for review, label in reviews(split)
         ]
 
     def score(self, example: Example, response: str) -> float:
@@ -79,7 +77,16 @@ class Sentiment(Listed):
         return float(response.strip().removesuffix(".").lower() == example.answer)
 
 
-def example(review: str, label: str) -> Example:
-    prompt = INSTRUCTION.format(review=review)
-    messages = [{"role": "system", "content": ""}, {"role": "user", "content": prompt}]
-    return Example(messages, label)
+def reviews(split: str) -> list[tuple[str, str]]:
+    """The reviews of a side, each with its label."""
+    return [
+        (sentence.format(adjective), label)
+        for sentence in SENTENCES[split]
+        for label, adjectives in ADJECTIVES[split].items()
+        for adjective in adjectives
+    ]
+
+
+def chat(text: str) -> list[dict]:
+    """Chat messages with this text; the empty one replaces the template's own system prompt."""
+    return [{"role": "system", "content": ""}, {"role": "user", "content": text}]
