@@ -184,18 +184,18 @@ def test_a_run_that_fails_is_one_error_with_its_command_and_reason(monkeypatch, 
 
 def test_a_seed_without_the_gain_and_a_control_with_it_fail():
     found = {
-        "grpo-0": (0.1, 0.3),
-        "grpo-1": (0.1, 0.2),
-        "grpo-shuffled": (0.1, 0.3),
-        "ppo": (0.1, 0.2),
-        "replies": (0.3, 0.0),
+        ("grpo-0", "real-grpo"): (0.1, 0.3),
+        ("grpo-1", "real-grpo"): (0.1, 0.2),
+        ("grpo-shuffled", "real-grpo"): (0.1, 0.3),
+        ("ppo", "real-ppo"): (0.1, 0.2),
+        ("replies", "real-replies"): (0.3, 0.0),
     }
-    rows = [{"name": n, "found": {"accuracy": accuracy}} for n, accuracy in found.items()]
-    assert [line.split(":")[0] for line in runs.failures(rows)] == [
-        "grpo-1",
-        "grpo-shuffled",
-        "ppo",
+    rows = [
+        {"name": name, "config": config_name, "found": {"accuracy": accuracy}}
+        for (name, config_name), accuracy in found.items()
     ]
+    failed = [line.split(":")[0] for line in runs.failures(rows)]
+    assert failed == ["grpo-1", "grpo-shuffled", "ppo"]
 
 
 # ------------------------------------------------------------------ the page
