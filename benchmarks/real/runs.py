@@ -164,7 +164,7 @@ def samples(run: Run) -> list[dict[str, str]]:
 
 
 def responses(model: str, examples: list[Example], cfg: Config) -> list[str]:
-    """One response to each example, sampled as in the rollouts, from the same uniforms each time."""
+    """One response to each example, sampled as in a rollout, from the same uniforms each time."""
     policy, tokenizer = load(model)
     params = sampling_params(policy, tokenizer, cfg.sampling.temperature)
     rng = generator(0, 0, "samples")
