@@ -127,7 +127,8 @@ def test_every_imported_library_is_a_dependency_of_our_own():
     ]
     extras = [d for extra in project["optional-dependencies"].values() for d in extra]
     names += [d.split(">")[0].split("=")[0].strip().lower() for d in extras]
-    known = {{"pyyaml": "yaml"}.get(n, n.replace("-", "_")) for n in names}
+    imported_as = {"pyyaml": "yaml", "ipython": "IPython"}
+    known = {imported_as.get(n, n.replace("-", "_")) for n in names}
     known |= set(sys.stdlib_module_names) | {"rlkl", "train", "tests"}
     for path in [*FILES, ROOT / "train.py"]:
         assert {n.split(".")[0] for n in imported(path)} <= known, path
