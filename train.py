@@ -35,9 +35,9 @@ from rlkl.policy.policy import microbatches
 from rlkl.rewards import compute_scores
 from rlkl.rollout.sampling import decode, draw_uniforms, generate
 from rlkl.run.algorithm import Algorithm
-from rlkl.run.build import TABLES, Data, Models, build
-from rlkl.run.config import options
+from rlkl.run.build import Data, Models, build
 from rlkl.run.folder import configure
+from rlkl.run.help import asks_for_help, every_option, show_help, usage
 from rlkl.run.metrics import (
     Meters,
     advantage_metrics,
@@ -49,7 +49,6 @@ from rlkl.run.metrics import (
 from rlkl.run.schema import Config
 from rlkl.run.session import Session, open_run
 from rlkl.run.state import State
-from rlkl.run.terminal import print_help
 from rlkl.types import Batch, Example, PolicyOutput, Rollout
 
 
@@ -331,8 +330,8 @@ def objective(
 
 
 def main(argv: list[str]) -> None:
-    if {"-h", "--help"} & set(argv):
-        print_help(__doc__ or "", options(TABLES))
+    if asks_for_help(argv):
+        show_help(argv, f"{__doc__}\n{usage('train.py')}", every_option(argv))
         return
     train(configure(argv), shlex.join(["rlkl", "train", *argv]))
 

@@ -59,6 +59,8 @@ def gae(
     One response is one episode: V after the last token is 0. With `whiten` the advantages are
     whitened afterwards.
 
+    gamma: the discount γ.
+    lam: the λ of the advantages, and of the returns unless lam_critic is set.
     lam_critic: a λ of its own for the returns (VC-PPO, Yuan et al. 2025, arXiv:2503.01491).
     lam_alpha: where > 0, λ = 1 - 1/(lam_alpha · length), at least 0 (VAPO, arXiv:2504.05118).
     Raises ValueError without values.

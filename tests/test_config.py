@@ -435,7 +435,8 @@ def test_a_decorated_plugin_keeps_its_options(plugin):
 @pytest.mark.parametrize(
     ("arguments", "written"),
     [
-        (["--lr", "1e-3"], "did you mean critic.lr=1e-3 or optim.lr=1e-3?"),
+        (["--lr", "1e-3"], "did you mean optim.lr=1e-3 or critic.lr=1e-3?"),
+        (["--epsilon", "0.1"], "did you mean loss.epsilon=0.1?"),
         (["--optim.lr=1e-3"], "did you mean optim.lr=1e-3?"),
         (["--group-size", "4"], "did you mean sampling.group_size=4?"),
         (["--seeds", "--x"], "did you mean seed=…?"),
@@ -475,8 +476,8 @@ def test_help_lists_every_option_with_type_default_and_one_line(capsys, monkeypa
         assert default
         assert description.strip()
         assert len(description.splitlines()) == 1
-        (line,) = [p for p in printed if p.split()[:1] == [key] and p.endswith(description)]
-        assert default in line
+        (line,) = [p for p in printed if p.split()[:1] == [key]]
+        assert f" {description} [{kind}, default {default}]" in line
 
 
 def test_help_shows_the_defaults_that_a_run_without_arguments_has():

@@ -12,9 +12,9 @@ import torch
 
 from rlkl.run import config
 from rlkl.run import folder as run_folder
-from rlkl.run.build import TABLES
+from rlkl.run.help import asks_for_help, every_option, show_help, usage
 from rlkl.run.log import RunLog, load_wandb
-from rlkl.run.terminal import log_before_after, log_line, note_few_heldout, print_help
+from rlkl.run.terminal import log_before_after, log_line, note_few_heldout
 from rlkl.supervised.schema import SupervisedConfig
 from rlkl.supervised.scratch import write
 
@@ -27,8 +27,8 @@ def configure(argv: list[str], schema: type[S], command: str, doc: str) -> S | N
 
     Raises UserError on what is known to fail before a model is loaded.
     """
-    if {"-h", "--help"} & set(argv):
-        print_help(doc, config.options(TABLES, schema), f"rlkl {command}")
+    if asks_for_help(argv):
+        show_help(argv, f"{doc}\n{usage(f'rlkl {command}')}", every_option(argv, schema))
         return None
     cfg = config.load(argv, schema=schema)
     if isinstance(cfg, SupervisedConfig):

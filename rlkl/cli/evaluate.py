@@ -28,7 +28,6 @@ from rlkl.policy.model import sampling_params
 from rlkl.run import config
 from rlkl.run import folder as run_folder
 from rlkl.run.build import (
-    TABLES,
     Heldout,
     Models,
     build_sampler,
@@ -38,6 +37,7 @@ from rlkl.run.build import (
     task_functions,
 )
 from rlkl.run.evaluate import evaluate
+from rlkl.run.help import every_option
 from rlkl.run.schema import Config
 from rlkl.run.terminal import log_before_after, log_line
 from rlkl.tasks import TASKS
@@ -70,8 +70,8 @@ OFF = {
 
 
 def main(argv: list[str]) -> None:
-    options = config.options(TABLES, OfCheckpoint)
-    options += [row for row in config.options(TABLES) if reads(row[0])]
+    options = every_option([], OfCheckpoint)
+    options += [row for row in every_option([]) if reads(row[0])]
     if help_printed(argv, "eval", "RUN", __doc__ or "", options):
         return
     (path,), overrides = parse(argv, "eval", "RUN")

@@ -19,6 +19,7 @@ from rlkl.run import config
 from rlkl.run.algorithm import resolve_algorithm
 from rlkl.run.config import load
 from rlkl.run.folder import flat
+from rlkl.run.help import asks_for_help, every_option, show_help
 from rlkl.run.schema import Config
 from rlkl.run.terminal import console, log_line
 
@@ -37,8 +38,8 @@ CONVERGED = 1e-9  # largest entry of the gradient at an end
 
 
 def main(argv: list[str]) -> None:
-    if {"-h", "--help"} & set(argv):
-        log_line(USAGE)
+    if asks_for_help(argv):
+        show_help(argv, USAGE, every_option(argv))
         return
     arguments, trl_file = take_trl_file([a for a in argv if a != "--verify"])
     if unknown := [a for a in arguments if a.startswith("-")]:

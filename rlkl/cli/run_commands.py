@@ -20,8 +20,9 @@ from rlkl.policy.policy import Policy, reference_of
 from rlkl.run import checkpoint, config
 from rlkl.run import folder as run_folder
 from rlkl.run.build import dtype_of, model_name
+from rlkl.run.help import Row, asks_for_help, show_help
+from rlkl.run.help import usage as usage_of
 from rlkl.run.schema import Config
-from rlkl.run.terminal import print_help
 from rlkl.tasks import TASKS
 
 LISTED = 8  # runs, or steps, that an error message lists
@@ -70,12 +71,12 @@ def help_printed(
     command: str,
     usage: str,
     doc: str,
-    options: list[tuple[str, str, str, str]],
+    options: list[Row],
 ) -> bool:
     """Print the help of a command if --help is among its arguments. Was it printed?"""
-    if not {"-h", "--help"} & set(argv):
+    if not asks_for_help(argv):
         return False
-    print_help(doc, options, f"rlkl {command}", usage)
+    show_help(argv, f"{doc}\n{usage_of(f'rlkl {command}', usage)}", options)
     return True
 
 

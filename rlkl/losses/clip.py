@@ -58,8 +58,8 @@ def clip(
 
     GRPO has the same one (Shao et al. 2024, arXiv:2402.03300, eq. 3).
 
-    epsilon: lower side of the clip, and upper side too unless `epsilon_high` widens it (DAPO's
-    clip-higher, arXiv:2503.14476, eq. 10).
+    epsilon: lower side of the clip, and upper side too unless epsilon_high is given.
+    epsilon_high: upper side of the clip (DAPO's clip-higher, arXiv:2503.14476, eq. 10).
     delta: bounds w where A < 0, where the clip alone leaves large w free (dual clip, Ye et al.
     2020, arXiv:1912.09729; two-sided GRPO clipping in TRL). The option names are TRL's.
 

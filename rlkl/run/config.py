@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
@@ -14,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rlkl.errors import UserError, first_line
 from rlkl.plugins import options_of
-from rlkl.run.names import counterpart, did_you_mean
+from rlkl.run.names import counterpart, did_you_mean, similar_keys
 from rlkl.run.schema import PLUGINS, Config
 from rlkl.run.shipped import shipped_configs
 from rlkl.run.tables import TABLES
@@ -86,7 +85,7 @@ def overridden(tree: dict, argv: Sequence[str], schema: type = Config) -> dict:
     """A tree of plain values, changed by CONFIG.yaml files and `a.b=c`. Later arguments win."""
     for i, arg in enumerate(argv):
         if arg.startswith("-"):
-            refuse_flag(arg, "".join(argv[i + 1 : i + 2]), schema)
+            refuse_flag(arg, "".join(argv[i + 1 : i + 2]), tree, schema)
         key, equals, value = arg.partition("=")
         part = nested(key, parse_yaml(value, arg)) if equals else read_yaml(config_path(arg))
         tree = merge(tree, part)
@@ -148,7 +147,7 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
         raise UserError(f"{where}:{place} not YAML: {problem}") from error
 
 
-def refuse_flag(flag: str, following: str, schema: type) -> None:
+def refuse_flag(flag: str, following: str, tree: dict, schema: type) -> None:
     """UserError on `--lr 1e-3`, which says how it is written here.
 
     following: the argument after the flag, which may be its value.
@@ -156,19 +155,12 @@ def refuse_flag(flag: str, following: str, schema: type) -> None:
     name, equals, value = flag.lstrip("-").partition("=")
     if not equals and not following.startswith("-") and "=" not in following:
         value = following
-    keys = close_keys(name.replace("-", "_"), [key for key, *_ in options({}, schema)])
+    name = name.replace("-", "_")
+    known = known_keys(tree, schema)
+    keys = [name] if name in known else similar_keys(name, known)
     written = " or ".join(f"{key}={value or '…'}" for key in keys)
     hint = f": did you mean {written}?" if keys else "; --help lists all"
     raise UserError(f"{flag}: options are written key=value, without dashes{hint}")
-
-
-def close_keys(name: str, keys: Sequence[str]) -> list[str]:
-    """The keys that end in this name; where there is none, those that resemble it."""
-    if same := [key for key in keys if f".{key}".endswith(f".{name}")]:
-        return same
-    last_parts = [key.rpartition(".")[2] for key in keys]
-    close = difflib.get_close_matches(name, [*keys, *last_parts], n=3, cutoff=0.7)
-    return [key for key in keys if key in close or key.rpartition(".")[2] in close]
 
 
 def refuse_old_names(tree: dict) -> None:
@@ -254,13 +246,18 @@ def advice_on(key: str, tree: dict, schema: type) -> tuple[str, str]:
 
     Names of TRL and verl are those of training: other commands have none.
     """
+    sections = [f.name for f in fields(schema)]
+    here = counterpart(key, sections) if schema is Config else ""
+    return here, did_you_mean(key, known_keys(tree, schema))
+
+
+def known_keys(tree: dict, schema: type) -> list[str]:
+    """The keys of all options, those of the built-in functions that `tree` names among them."""
     known = [row[0] for row in options({}, schema)]
     for section, given in plugin_sections(tree):
         function = TABLES[section].get(str(given.get("name")))
         known += [f"{section}.{option}" for option in (options_of(function) if function else ())]
-    sections = [f.name for f in fields(schema)]
-    here = counterpart(key, sections) if schema is Config else ""
-    return here, did_you_mean(key, known)
+    return known
 
 
 def first_mistake(error: ValidationError, tree: dict, schema: type = Config) -> str:
@@ -310,7 +307,7 @@ def options(
         line = description(section, f.name)
         if names := tables.get(key):
             line += f": {', '.join(names)} or file.py:function"
-        rows.append((key, shown_type(kind), str(value), line))
+        rows.append((key, shown_type(kind), shown_value(value), line))
     return rows
 
 
@@ -318,7 +315,15 @@ def shown_type(kind: Any) -> str:
     """The type of an option as --help prints it."""
     text = re.sub(r"typing\.|<class '(\w+)'>", r"\1", str(kind))
     text = text.replace("dict[str, Any]", "plug-in")
+    text = re.sub(r"Optional\[(.*)\]$", r"\1 | null", text).replace("None", "null")
     return re.sub(r"Literal\[(.*)\]", lambda m: m[1].replace("'", "").replace(", ", " | "), text)
+
+
+def shown_value(value: Any) -> str:
+    """A default as --help prints it, on one line."""
+    if value is None:
+        return "null"
+    return repr(value) if isinstance(value, str) and len(value.split()) != 1 else str(value)
 
 
 def description(section: type, name: str) -> str:

@@ -479,10 +479,13 @@ def counterpart(key: str, sections: Iterable[str]) -> str:
 
 
 def did_you_mean(key: str, known: Iterable[str]) -> str:
-    """The known keys that may be meant, as a part of a message, or "".
+    """The known keys that may be meant, as a part of a message, or ""."""
+    similar = similar_keys(key, known)
+    return f"did you mean {' or '.join(similar)}?" if similar else ""
 
-    Those of the same name in other sections, or else the one that is spelt alike.
-    """
+
+def similar_keys(key: str, known: Iterable[str]) -> list[str]:
+    """Known keys of the same name in other sections, or else the one that is spelt alike."""
     known = list(known)
     last = key.rpartition(".")[2]
     same = [k for k in known if k.rpartition(".")[2] == last]
@@ -491,4 +494,4 @@ def did_you_mean(key: str, known: Iterable[str]) -> str:
     if not similar:
         whole = {k.rpartition(".")[2]: k for k in reversed(known)}
         similar = [whole[match] for match in get_close_matches(last, whole, n=1, cutoff=0.8)]
-    return f"did you mean {' or '.join(similar)}?" if similar else ""
+    return similar

@@ -221,18 +221,16 @@ def log_before_after(before: dict[str, float], after: dict[str, float], title: s
     console.print(table)
 
 
-def print_help(
-    doc: str,
-    options: Sequence[tuple[str, str, str, str]],
-    command: str = "train.py",
-    names: str = "[CONFIG.yaml ...]",
-) -> None:
-    """Print a command's --help: every option with its type, default and description."""
-    log_line(f"{doc}\nusage: {command} {names} [key=value ...]   later arguments win\n")
-    table = Table("option", "type", "default", "", box=None, pad_edge=False)
-    for row in options:
-        table.add_row(*map(escape, row))
-    console.print(table)
+def print_help(text: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Print a text, and rows of a name, which is never cut, and a text of as many lines as needed."""
+    if text:
+        print_words(escape(text))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(escape(name), escape(text))
+    console.print(table, soft_wrap=False)
 
 
 class Interrupt:
