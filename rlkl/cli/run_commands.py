@@ -71,7 +71,7 @@ def help_printed(
     command: str,
     usage: str,
     doc: str,
-    options: list[Row],
+    options: Sequence[Row],
 ) -> bool:
     """Print the help of a command if --help is among its arguments. Was it printed?"""
     if not asks_for_help(argv):

@@ -222,7 +222,7 @@ def log_before_after(before: dict[str, float], after: dict[str, float], title: s
 
 
 def print_help(text: str, rows: Sequence[tuple[str, str]]) -> None:
-    """Print a text, and rows of a name, which is never cut, and a text of as many lines as needed."""
+    """Print a text, then rows: a name, which is never cut, and its text in as many lines as needed."""
     if text:
         print_words(escape(text))
     table = Table(box=None, show_header=False, pad_edge=False)
