@@ -222,7 +222,7 @@ def log_before_after(before: dict[str, float], after: dict[str, float], title: s
 
 
 def print_help(text: str, rows: Sequence[tuple[str, str]]) -> None:
-    """Print a text, then rows: a name, which is never cut, and its text in as many lines as needed."""
+    """Print a text, then rows of a name, which is never cut, and what it is, wrapped."""
     if text:
         print_words(escape(text))
     table = Table(box=None, show_header=False, pad_edge=False)
