@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,13 @@ def test_functions_give_the_same_run_as_the_same_functions_in_a_file(here, base)
     loss = {"name": clipped, "width": 0.1}
     rlkl.train(*small(base), loss=loss, reward=digits, run="python")
     assert differences(Path("file"), Path("python")) == []
+
+
+@pytest.mark.usefixtures("here")
+def test_a_run_in_another_thread_needs_no_signals(base):
+    with ThreadPoolExecutor(1) as pool:
+        run_of = pool.submit(rlkl.train, *small(base), reward=digits, steps=1).result()
+    assert len(run_of.rows) == 1
 
 
 @pytest.mark.usefixtures("here")

@@ -132,6 +132,17 @@ def test_a_reward_that_fails_is_found_before_the_held_out_evaluation(here, base,
     assert not Path("out").exists()
 
 
+def test_where_all_is_solved_the_warning_says_that_and_asks_no_questions():
+    learning = [{"reward": 0.1 * i, "reward_std": 0.3, "truncated_fraction": 0.0} for i in range(9)]
+    solved = [{"reward": 1.0, "reward_std": 0.0, "truncated_fraction": 0.0}] * 5
+    sample = {"prompt": "1+1=", "response": "2", "score": 1.0}
+    said = learning_signal.warning([*learning, *solved], sample)
+    assert "If everything is solved" in said
+    assert "task.chat" not in said
+    lost = [row | {"reward": 0.0} for row in solved]
+    assert "task.chat" in learning_signal.warning([*learning, *lost], sample)
+
+
 def test_the_range_of_scores_leaves_out_responses_without_a_score():
     scores = torch.tensor([0.0, float("nan"), 2.0, 1.0])
     assert learning_signal.summary(scores).startswith("0 to 2, mean 1,")

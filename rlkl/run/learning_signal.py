@@ -78,14 +78,17 @@ def warning(rows: Sequence[dict[str, Any]], sample_of_step: dict[str, Any]) -> s
     if len(rows) > PATIENCE and not has_signal(rows[-PATIENCE - 1]):
         return None  # it was said before
     rewards = [row["reward"] for row in last]
-    response = sample(sample_of_step["prompt"], sample_of_step["response"])
-    score = sample_of_step["score"]
-    shown_score = "none" if score is None else f"{score:g}"
-    return (
+    found = (
         f"no signal in the last {PATIENCE} steps: the scores do not differ, so the policy learns "
-        f"nothing. Scores: {min(rewards):.3g} to {max(rewards):.3g}; "
-        f"{last[-1]['truncated_fraction']:.0%} of the responses truncated; a sample: {response}, "
-        f"score {shown_score}. Does the prompt look as the model expects it (task.chat)? Can a "
-        "response be right within sampling.max_new_tokens? Does the score tell a better response "
-        "from a worse one?"
+        f"nothing. Scores: {min(rewards):.3g} to {max(rewards):.3g}"
+    )
+    if len(rows) > PATIENCE and rewards[-1] >= max(row["reward"] for row in rows):
+        return f"{found}, as high as ever. If everything is solved, take harder prompts, or stop"
+    score = sample_of_step["score"]
+    response = sample(sample_of_step["prompt"], sample_of_step["response"])
+    return (
+        f"{found}; {last[-1]['truncated_fraction']:.0%} of the responses truncated; a sample: "
+        f"{response}, score {'none' if score is None else format(score, 'g')}. Does the prompt "
+        "look as the model expects it (task.chat)? Can a response be right within "
+        "sampling.max_new_tokens? Does the score tell a better response from a worse one?"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -234,13 +235,16 @@ def print_help(text: str, rows: Sequence[tuple[str, str]]) -> None:
 
 
 class Interrupt:
-    """SIGINT and SIGTERM ask the loop to end after its current step; a second one ends it now."""
+    """SIGINT and SIGTERM ask the loop to end after its current step; a second one ends it now.
+
+    Python delivers signals to its main thread; a run in another one does not listen to them.
+    """
 
     def __enter__(self) -> Interrupt:
         self.asked = False
-        self.before = {
-            number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        is_main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+        self.before = {number: signal.signal(number, self.ask) for number in numbers}
         return self
 
     def __exit__(
