@@ -68,7 +68,7 @@ def test_the_right_word_alone_is_correct_in_any_case_and_with_a_full_stop():
         assert task.score(example, response) == 0, response
 
 
-def test_a_reply_thanks_for_praise_and_apologises_for_blame_in_a_sentence():
+def test_a_reply_thanks_for_praise_or_apologises_for_blame_once_in_a_sentence():
     task = Replies("heldout")
     praise = next(e for e in task if e.answer == "positive")
     blame = next(e for e in task if e.answer == "negative")
@@ -76,6 +76,7 @@ def test_a_reply_thanks_for_praise_and_apologises_for_blame_in_a_sentence():
         ("I'm glad to hear that!", 1, 0),
         ("We are sorry to hear that.", 0, 1),
         ("We are sorry, and glad you came.", 0, 0),
+        ("I'm glad to help. I'm happy to help.", 0, 0),
         ("The coffee tasted splendid.", 0, 0),
         ("Thanks", 0, 0),
         ("sorry sorry", 0, 0),
