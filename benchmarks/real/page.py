@@ -75,5 +75,6 @@ def kl(*rows: dict[str, Any]) -> str:
         lines.append([title, *(f"{c[0]:.3g} → {fmean(c[-LAST:]):.3g}" for c in curves)])
     gold = ["{:.3f} → {:.3f}".format(*row["found"]["accuracy"]) for row in rows]
     lines.append(["held out: a sentence that fits the review", *gold])
-    lines.append(["warned of reward hacking", *("yes" if row["hacking"] else "no" for row in rows)])
+    warnings = [row["hacking"][0] if row["hacking"] else "none" for row in rows]
+    lines.append(["warning of reward hacking", *warnings])
     return table(["", *(row["name"] for row in rows)], lines)
