@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import tempfile
 from pathlib import Path
@@ -42,7 +43,7 @@ def measure(config: str, steps: int) -> dict[str, float]:
             "checkpoint.every=0",
             f"run={folder}/run",
         ]
-        train.train(runs.configure(argv), argv)
+        train.train(runs.configure(argv), shlex.join(argv))
         rows = read_rows(Path(folder) / "run" / "metrics.jsonl")[steps // 3 :]
     return {name: statistics.median(row[name] for row in rows) for name in COLUMNS}
 

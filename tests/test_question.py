@@ -252,7 +252,8 @@ def test_an_arm_in_the_file_is_not_run_again_and_one_that_was_cut_off_is(monkeyp
 def test_an_interrupted_arm_is_not_written(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(ROOT)
     # an interrupted train.py ends early, without an error
-    monkeypatch.setattr(grid.train, "train", lambda cfg, argv: tmp_path)
+    stopped = SimpleNamespace(last_checkpoint=tmp_path)
+    monkeypatch.setattr(grid.train, "train", lambda cfg, command: stopped)
     monkeypatch.setattr(grid, "prepare", dict)
     monkeypatch.setattr(grid, "start", lambda: made(REFERENCE))
     out = tmp_path / "arms.jsonl"

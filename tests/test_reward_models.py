@@ -399,7 +399,7 @@ def test_label_samples_with_a_backend_from_a_file_as_training_does(mine, capsys)
 
 def test_label_drops_prompts_without_room_for_a_response(mine, capsys):
     assert cli.main([*mine, "sampling.max_new_tokens=64", "out=long.jsonl"]) == 2
-    assert "none is left: raise sampling.max_prompt_tokens" in capsys.readouterr().err
+    assert "leaves no room for a prompt" in capsys.readouterr().err
     run(*mine, "sampling.prompts=90", "sampling.max_prompt_tokens=4", "out=long.jsonl")
     assert "train prompts are empty or longer than 4 tokens" in capsys.readouterr().out
     assert all(len(row["prompt"]) <= 4 for row in read_rows(Path("long.jsonl")))

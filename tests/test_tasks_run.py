@@ -152,7 +152,7 @@ def test_a_step_whose_evaluation_fails_is_in_the_log_as_it_is_in_the_checkpoint(
 
 def test_the_page_has_a_section_with_a_snippet_that_resolves_for_every_task():
     sections = dict(re.findall(r"^## (\S+)[^\n]*\n(.*?)(?=^## |\Z)", PAGE, re.S | re.M))
-    assert set(sections) == {*TASKS, "Your"}
+    assert set(sections) == {*TASKS, "Chat", "Your"}
     for name in TASKS:
         tree = yaml.safe_load(re.search(r"```yaml\n(.*?)```", sections[name], re.S)[1])
         assert tree["task"]["name"] == name

@@ -11,6 +11,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -66,7 +67,7 @@ def run(arm: Arm) -> dict:
         argv = [CONFIG, *arm.overrides, f"seed={arm.seed}", f"run={folder}/run"]
         cfg = runs.configure(argv)
         try:
-            checkpoint = train.train(cfg, argv)
+            checkpoint = train.train(cfg, shlex.join(argv)).last_checkpoint
         finally:
             console.quiet = False
         rows = read_rows(Path(folder) / "run" / "metrics.jsonl")
