@@ -61,8 +61,8 @@ SMALL_RL = (
 )
 EXAMPLES = (
     Example("tiny-grpo", "accuracy", 0.3, ("optim.steps=50", "eval.prompts=200")),
-    Example("tiny-ppo", "accuracy", 0.2, ("optim.steps=100",)),
-    Example("tiny-dapo", "accuracy", 0.2, ("optim.steps=100",)),
+    Example("tiny-ppo", "accuracy", 0.3, ("optim.steps=60",)),
+    Example("tiny-dapo", "accuracy", 0.3, ("optim.steps=50",)),
     Example("tiny-rloo", "accuracy", 0.2, ("optim.steps=70",)),
     Example("tiny-lora", "accuracy", 0.1, ("optim.steps=60",)),
     Example("tiny-countdown", "accuracy", 0.2, ("optim.steps=60",)),
