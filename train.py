@@ -190,7 +190,8 @@ def update_policy(
 ) -> dict[str, float]:
     """`optim.epochs` passes over the rollout, one optimizer step per minibatch.
 
-    None where the gradient would be exactly 0, because the scores teach nothing.
+    None where the gradient would be exactly 0, because the scores teach nothing: AdamW's momentum
+    and weight decay do not move the policy then, either.
     """
     frozen = ("policy",) if state.step < cfg.critic.warmup else ()
     schedule = state.step, cfg.optim.steps, cfg.optim.warmup, cfg.optim.schedule
@@ -331,7 +332,7 @@ def objective(
 
 def main(argv: list[str]) -> None:
     if asks_for_help(argv):
-        show_help(argv, f"{__doc__}\n{usage('train.py')}", every_option(argv))
+        show_help(argv, f"{__doc__}\n{usage('rlkl train')}", every_option(argv))
         return
     train(configure(argv), shlex.join(["rlkl", "train", *argv]))
 

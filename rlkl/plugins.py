@@ -16,13 +16,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError, create_model
+from pydantic import TypeAdapter, ValidationError
 
 from rlkl.errors import UserError
 
 GIVEN_BY_THE_LOOP = {"group_size"}  # keyword-only arguments that are not options
 PYTHON = "python"  # stands for a file in the name of a function that was given from Python
-given: dict[str, Callable] = {}  # those functions, by name; see `name_given`
+FROM_PYTHON: dict[str, Callable] = {}  # those functions, by name; see `name_given`
 
 
 def resolve(
@@ -41,19 +41,30 @@ def resolve(
         takes = ", ".join(known) or "none"
         raise UserError(f"{name} has no option {unknown[0]!r}; it takes {takes}")
     target = function.__init__ if inspect.isclass(function) else function
-    types: dict[str, Any] = {
-        n: (annotation(p, target), ... if p.default is p.empty else p.default)
+    options = {
+        n: option_value(f"{key}.{n}", p, annotation(p, target), given, name)
         for n, p in known.items()
     }
+    return functools.partial(function, **options)
+
+
+def option_value(
+    key: str, parameter: inspect.Parameter, kind: Any, given: Mapping[str, Any], name: str
+) -> Any:
+    """The value of an option of the plug-in `name`: the given one, checked, or its default.
+
+    Raises UserError where it is of another type than `kind`, and where there is none.
+    """
+    if parameter.name not in given:
+        if parameter.default is parameter.empty:
+            raise UserError(f"{name} needs {key}")
+        return parameter.default
     try:
-        checked = create_model("Options", **types)(**given)
+        return TypeAdapter(kind).validate_python(given[parameter.name])
     except ValidationError as error:
         mistake = error.errors()[0]
-        option = f"{key}.{'.'.join(map(str, mistake['loc']))}"
-        if mistake["type"] == "missing":
-            raise UserError(f"{name} needs {option}") from error
+        option = ".".join([key, *map(str, mistake["loc"])])
         raise UserError(f"{option}={mistake['input']!r}: {mistake['msg'].lower()}") from error
-    return functools.partial(function, **{n: getattr(checked, n) for n in known})
 
 
 def options_of(function: Callable) -> dict[str, inspect.Parameter]:
@@ -93,12 +104,12 @@ def from_file(name: str, table: Mapping[str, Callable], key: str) -> Callable[..
     if not colon:
         raise UserError(f"{key}.name={name!r}: choose {', '.join([*table, 'file.py:function'])}")
     if is_given(name):
-        if name not in given:
+        if name not in FROM_PYTHON:
             raise UserError(
                 f"{key}.name={name!r}: {attribute} was given to rlkl.train as a function and is in "
-                "no file: give it again, or write it into a file and name file.py:function"
+                "no file: give it to rlkl.train again"
             )
-        return given[name]
+        return FROM_PYTHON[name]
     try:
         module = load_module(where)
     except FileNotFoundError as error:
@@ -126,7 +137,7 @@ def name_given(function: Callable) -> str:
     own = getattr(function, "__name__", type(function).__name__).strip("<>")
     name = f"{PYTHON}:{own}"
     number = 1
-    while given.setdefault(name, function) is not function:
+    while FROM_PYTHON.setdefault(name, function) is not function:
         number += 1
         name = f"{PYTHON}:{own}_{number}"
     return name

@@ -112,8 +112,8 @@ def test_a_run_is_resumed_with_the_same_functions_and_with_no_others(base, capsy
     options = small(base, "run=whole", "optim.steps=4")
     rlkl.train(*options, reward=digits)
     rlkl.train(*small(base, "run=part", "optim.steps=4"), reward=digits, steps=2)
-    plugins.given.clear()  # as in another process
-    assert "give it again" in train_error(capsys, "resume=part", "optim.steps=4")
+    plugins.FROM_PYTHON.clear()  # as in another process
+    assert "give it to rlkl.train again" in train_error(capsys, "resume=part", "optim.steps=4")
 
     def other(example, response):
         return 0.0
@@ -134,6 +134,22 @@ def test_a_mistake_is_an_error_of_one_line_without_the_ones_that_led_to_it(base)
     assert caught.value.__suppress_context__
     with pytest.raises(UserError, match=r"unknown key optim\.step"):
         rlkl.train(*small(base), optim={"step": 1})
+
+
+@pytest.mark.usefixtures("here")
+def test_paths_are_arguments_and_other_things_are_an_error(base):
+    Path("mine.yaml").write_text("optim: {steps: 1}\n")
+    assert len(rlkl.train(*small(base), Path("mine.yaml"), resume=None, reward=digits).rows) == 1
+    with pytest.raises(UserError, match="options by name"):
+        rlkl.train({"optim": {"lr": 1.0}})
+
+
+@pytest.mark.usefixtures("here")
+def test_a_run_with_a_lambda_can_be_resumed(base):
+    rlkl.train(*small(base, "run=out"), reward=lambda example, response: len(response), steps=1)
+    more = rlkl.train(resume="out", reward=lambda example, response: len(response), steps=2)
+    assert [row["step"] for row in more.rows] == [1, 2]
+    assert [row for row in more.rows if "sample" in row] == []
 
 
 def test_a_script_without_a_guard_is_one_error_and_starts_no_run(here, base):

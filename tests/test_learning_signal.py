@@ -54,7 +54,7 @@ def test_after_five_steps_without_a_signal_there_is_one_warning_with_a_sample(ba
     out = output(capsys, base, f"reward=flat.py:{reward}", "optim.steps=12")
     assert out.count("no signal in the last 5 steps") == 1
     score = {"zero": "0", "same": "0.7"}[reward]
-    assert f"Scores: {score} to {score}" in out
+    assert f"Mean scores: {score} to {score}" in out
     assert repr(rows(Path("out"))[4]["sample"]["response"]) in out
 
 
@@ -100,6 +100,7 @@ def test_the_update_is_left_out_only_where_its_gradient_is_exactly_0(here):
         "kl_old.coef=0.1",
         "kl_ref={coef: 0.1, place: loss, estimator: k2}",
         "critic={kind: head}",
+        "selector=kl_cov",
     ):
         assert not left_out(other), other
 
@@ -107,7 +108,7 @@ def test_the_update_is_left_out_only_where_its_gradient_is_exactly_0(here):
 @pytest.mark.usefixtures("flat")
 def test_scores_before_training_are_described_before_the_first_step(base, capsys):
     out = output(capsys, base, "reward=flat.py:length", "optim.steps=1")
-    assert out.index("scores before training, 2 held-out prompts: ") < out.index("run: out")
+    assert out.index("scores before training, 2 prompts: ") < out.index("run: out")
     assert re.search("[12] of 2 prompts have responses with different scores", out)
 
 
@@ -132,6 +133,21 @@ def test_a_reward_that_fails_is_found_before_the_held_out_evaluation(here, base,
     assert not Path("out").exists()
 
 
+def test_prompts_that_were_resampled_are_a_signal_that_the_scores_of_the_row_leave_out():
+    row = {"reward": 0.0, "reward_std": 0.0, "advantage_std": 1.0, "advantage_mean": 0.0}
+    assert learning_signal.has_signal(row | {"resampled_prompts": 3})
+    assert not learning_signal.has_signal(row | {"resampled_prompts": 0})
+    assert not learning_signal.has_signal(row | {"advantage_std": 0.0, "resampled_prompts": 3})
+
+
+@pytest.mark.usefixtures("flat")
+def test_no_more_responses_are_scored_before_training_than_a_rollout_has(base, capsys):
+    small = ("sampling.prompts=1", "sampling.group_size=4", "optim.steps=1")
+    assert "scores before training, 1 prompts" in output(
+        capsys, base, "reward=flat.py:zero", *small
+    )
+
+
 def test_where_all_is_solved_the_warning_says_that_and_asks_no_questions():
     learning = [{"reward": 0.1 * i, "reward_std": 0.3, "truncated_fraction": 0.0} for i in range(9)]
     solved = [{"reward": 1.0, "reward_std": 0.0, "truncated_fraction": 0.0}] * 5
@@ -151,4 +167,4 @@ def test_the_range_of_scores_leaves_out_responses_without_a_score():
 
 def test_a_long_or_chat_prompt_is_cut_to_what_one_can_read():
     chat = [{"role": "user", "content": "x" * 500}]
-    assert len(learning_signal.sample(chat, "y" * 500)) < 250
+    assert len(learning_signal.shown(chat, "y" * 500)) < 250

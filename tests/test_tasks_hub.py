@@ -266,3 +266,19 @@ def test_a_library_that_is_not_installed_is_named_with_its_extra(monkeypatch, li
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UserError, match=r"pip install 'rlkl\[tasks\]'"):
         make()
+
+
+def test_rows_of_one_conversation_with_different_answers_are_on_one_side(tmp_path):
+    """The hash is that of the prompt, without the assistant's last message."""
+    lines = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": a}]}
+        for i in range(40)
+        for a in ("yes", "no", "perhaps")
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"path": str(path), "prompt": "messages", "answer": None, "heldout": 0.3}
+    sides = [Hub(split, **options) for split in ("train", "heldout")]
+    train, heldout = ({str(task[i].prompt) for i in range(len(task))} for task in sides)
+    assert heldout
+    assert train.isdisjoint(heldout)

@@ -130,11 +130,12 @@ def reads_old_logprobs(cfg: Config) -> bool:
 def only_advantages(cfg: Config) -> bool:
     """Is the gradient of the objective 0 where all advantages are?
 
-    Each policy loss of ours is positively homogeneous in them; a user's need not be.
+    Each policy loss of ours is positively homogeneous in them, but for a penalty on the tokens of
+    a selector. A user's need not be.
     """
     kl_in_loss = cfg.kl_ref.coef > 0 and cfg.kl_ref.place == "loss"
     others = kl_in_loss or cfg.kl_old.coef > 0 or cfg.entropy.coef or cfg.critic.kind != "none"
-    return cfg.loss["name"] in LOSSES and not others
+    return cfg.loss["name"] in LOSSES and cfg.selector is None and not others
 
 
 def updates_per_rollout(cfg: Config) -> int:

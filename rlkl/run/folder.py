@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from rlkl.errors import UserError
-from rlkl.plugins import given
+from rlkl.plugins import FROM_PYTHON
 from rlkl.run import config
 from rlkl.run.live_plot import require_notebook
 from rlkl.run.log import load_wandb
@@ -103,7 +103,7 @@ def open_folder(cfg: Config, command: str) -> Path:
         if not saved.is_file() or saved.read_bytes() != source:
             raise UserError(
                 f"resume={folder}: {origin} differs from {saved}, which the run was started with: "
-                "copy it there if the change is intended"
+                "if the change is intended, write the new text into that file"
             )
     return folder
 
@@ -151,15 +151,20 @@ def plugin_sources(cfg: Any) -> dict[str, tuple[str, bytes]]:
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror}") from error
     for name in flat(asdict(cfg)).values():
-        if isinstance(name, str) and name in given:
-            source = source_of(given[name])
+        if isinstance(name, str) and name in FROM_PYTHON:
+            source = source_of(FROM_PYTHON[name])
             if source is not None:
                 sources[name.replace(":", "-") + ".py"] = (name, source.encode())
     return sources
 
 
 def source_of(function: Callable) -> str | None:
-    """The text of a function or class; None where Python does not know it."""
+    """The text of a function or class; None where Python does not know it, and of a lambda.
+
+    That of a lambda is the whole statement around it, which differs where a run is resumed.
+    """
+    if getattr(function, "__name__", "") == "<lambda>":
+        return None
     try:
         return textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):

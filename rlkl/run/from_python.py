@@ -7,26 +7,36 @@ from os import PathLike, fspath
 from typing import Any
 
 from rlkl.errors import UserError
-from rlkl.plugins import given, name_given
+from rlkl.plugins import FROM_PYTHON, name_given
 from rlkl.run.folder import configure
 from rlkl.run.session import Session
 from rlkl.run.shipped import trainer
 
 
 def train(config: Sequence[str], steps: int | None, options: dict[str, Any]) -> Session:
-    """See `rlkl.train`."""
+    """See `rlkl.train`. One process starts one run at a time."""
     if steps is not None:
         options = options | {"optim.steps": steps}
-    given.clear()
+    FROM_PYTHON.clear()
     options = {key: plain(value) for key, value in options.items()}
-    arguments = [*config]
-    if "resume" in options:
+    arguments = [argument(x) for x in config]
+    if options.get("resume") is not None:
         arguments.append(f"resume={options['resume']}")
-    shown = [repr(arg) for arg in config] + [f"{key}={value!r}" for key, value in options.items()]
+    shown = [repr(x) for x in arguments] + [f"{key}={value!r}" for key, value in options.items()]
     try:
         return trainer().train(configure(arguments, options), f"rlkl.train({', '.join(shown)})")
     except UserError as error:  # without the exceptions that it came from
         raise error.with_traceback(None) from None
+
+
+def argument(value: Any) -> str:
+    """A positional argument as on the command line. UserError where it is no text and no path."""
+    if isinstance(value, str | PathLike):
+        return fspath(value)
+    raise UserError(
+        f"rlkl.train({value!r}): give names of configurations, files and 'a.b=c' as text, and "
+        "options by name: rlkl.train('tiny-grpo', optim={'lr': 1e-4})"
+    )
 
 
 def plain(value: Any) -> Any:

@@ -31,7 +31,7 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 HINT = "--help NAME shows a section (optim), what may be named (loss), or a function (loss.clip)"
 
 
-def usage(command: str, names: str = "[CONFIG.yaml …]") -> str:
+def usage(command: str, names: str = "[NAME or CONFIG.yaml …]") -> str:
     """How a command is called, as the last lines above its options."""
     return f"usage: {command} {names} [key=value …]   later arguments win\n"
 

@@ -14,35 +14,37 @@ from rlkl.rewards import compute_scores
 from rlkl.rollout.sampling import decode, draw_uniforms, generate
 from rlkl.run.build import Data, Models
 from rlkl.run.schema import Config
-from rlkl.run.seeds import generator
+from rlkl.run.seeds import generator, sample_examples
 from rlkl.types import nonzero_variance
 
-PROMPTS, SAMPLES = 16, 8  # responses that are scored before the first step; at most a rollout's
+PROMPTS, SAMPLES = 16, 8  # of what is scored before the first step; never more than a rollout
 PATIENCE = 5  # steps without a signal after which the run says so
 ROUNDING = 1e-6  # relative: the mean of equal float32 scores is not exactly their value
 
 
 def describe_scores(cfg: Config, models: Models, data: Data) -> str:
-    """One line about the scores of the model before training, on a few held-out prompts.
+    """One line about the scores of the model before training, on a few training prompts.
 
-    So a reward that fails is found before the held-out evaluation. Raises UserError as
-    `compute_scores` does.
+    So a reward that fails is found before the held-out evaluation. The prompts are not held-out
+    ones, as those may lack a column that the reward reads. Raises UserError as `compute_scores`
+    does.
     """
-    prompts = max(min(PROMPTS, cfg.sampling.rows // SAMPLES), 1)
-    examples = data.heldout.examples[:prompts]
+    samples = min(SAMPLES, cfg.sampling.rows)
+    prompts = min(PROMPTS, cfg.sampling.rows // samples, len(data.train))
+    examples = sample_examples(data.train, prompts, cfg.seed, step=0)
     rng = generator(cfg.seed, 0, "first scores")
-    rows, room = len(examples) * SAMPLES, cfg.sampling.max_new_tokens
+    rows, room = len(examples) * samples, cfg.sampling.max_new_tokens
     uniforms = draw_uniforms(rows, room, rng, models.policy.lm.device)
     batch = generate(models, examples, uniforms, models.params)
-    row_examples = [example for example in examples for _ in range(SAMPLES)]
+    row_examples = [example for example in examples for _ in range(samples)]
     responses = decode(models.tokenizer, batch)
     scores, _ = compute_scores(data.reward, row_examples, responses, batch)
-    line = f"scores before training, {len(examples)} held-out prompts: {summary(scores)}"
-    differing = int(nonzero_variance(scores, SAMPLES).sum()) // SAMPLES
+    line = f"scores before training, {len(examples)} prompts: {summary(scores)}"
+    differing = int(nonzero_variance(scores, samples).sum()) // samples
     line += f"; {differing} of {len(examples)} prompts have responses with different scores"
     if differing:
         return line
-    first = sample(row_examples[0].prompt, responses[0])
+    first = shown(row_examples[0].prompt, responses[0])
     return f"{line}, so there is nothing to learn from yet: {first}"
 
 
@@ -57,17 +59,22 @@ def summary(scores: Tensor) -> str:
     return f"{given.min():.3g} to {given.max():.3g}, mean {given.mean():.3g}, std {std:.3g}"
 
 
-def sample(prompt: Any, response: str) -> str:
+def shown(prompt: Any, response: str) -> str:
     """A prompt and a response to look at, cut to a readable length."""
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     return f"{text[-100:]!r} → {response[:100]!r}"
 
 
 def has_signal(row: dict[str, Any]) -> bool:
-    """Did the scores of this step teach anything? A row without scores is no reason for alarm."""
+    """Did the scores of this step teach anything? A row without scores is no reason for alarm.
+
+    Where advantages are not 0 though all scores are equal, a KL or a critic made them; or groups
+    that were sampled later did, which the scores of the row leave out.
+    """
     if row.get("advantage_std") == 0 and row.get("advantage_mean") == 0:
         return False
-    return not row.get("reward_std", 1.0) <= ROUNDING * (1 + abs(row.get("reward", 0.0)))
+    equal = row.get("reward_std", 1.0) <= ROUNDING * (1 + abs(row.get("reward", 0.0)))
+    return not equal or bool(row.get("resampled_prompts"))
 
 
 def warning(rows: Sequence[dict[str, Any]], sample_of_step: dict[str, Any]) -> str | None:
@@ -79,13 +86,13 @@ def warning(rows: Sequence[dict[str, Any]], sample_of_step: dict[str, Any]) -> s
         return None  # it was said before
     rewards = [row["reward"] for row in last]
     found = (
-        f"no signal in the last {PATIENCE} steps: the scores do not differ, so the policy learns "
-        f"nothing. Scores: {min(rewards):.3g} to {max(rewards):.3g}"
+        f"no signal in the last {PATIENCE} steps: responses that are compared have equal scores, "
+        f"so these teach nothing. Mean scores: {min(rewards):.3g} to {max(rewards):.3g}"
     )
     if len(rows) > PATIENCE and rewards[-1] >= max(row["reward"] for row in rows):
         return f"{found}, as high as ever. If everything is solved, take harder prompts, or stop"
     score = sample_of_step["score"]
-    response = sample(sample_of_step["prompt"], sample_of_step["response"])
+    response = shown(sample_of_step["prompt"], sample_of_step["response"])
     return (
         f"{found}; {last[-1]['truncated_fraction']:.0%} of the responses truncated; a sample: "
         f"{response}, score {'none' if score is None else format(score, 'g')}. Does the prompt "

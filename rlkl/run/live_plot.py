@@ -17,10 +17,10 @@ def require_notebook() -> None:
         from IPython import get_ipython
     except ImportError as error:
         raise UserError(
-            f"log.plot=true needs {error.name}: pip install 'rlkl[notebook]', or leave it out"
+            f"log.plot=true needs {error.name}: pip install 'rlkl[notebook]', or set log.plot=false"
         ) from error
-    if get_ipython() is None:
-        raise UserError("log.plot=true draws in a notebook, and this is none: leave it out")
+    if getattr(get_ipython(), "kernel", None) is None:  # IPython in a terminal has none
+        raise UserError("log.plot=true draws in a notebook, and this is none: set log.plot=false")
 
 
 class LivePlot:

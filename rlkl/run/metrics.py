@@ -5,7 +5,6 @@ docs/metrics.md explains each one, and what healthy looks like.
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 from collections import defaultdict
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlkl.rewards import nan_to_none
 from rlkl.types import Batch, Rollout, nonzero_variance
 
 PHASES = ("rollout", "logprobs", "update")  # of a training step
@@ -62,18 +62,13 @@ def response_rows(rollout: Rollout) -> list[dict[str, Any]]:
     columns = {
         "prompt": [example.prompt for example in rollout.examples],
         "response": rollout.texts,
-        "score": or_none(batch.scores),
-        **{f"rewards/{name}": or_none(part) for name, part in rollout.score_parts.items()},
+        "score": nan_to_none(batch.scores),  # JSON has no NaN
+        **{f"rewards/{name}": nan_to_none(part) for name, part in rollout.score_parts.items()},
         "response_length": batch.mask.sum(1).tolist(),
         "truncated": batch.truncated.tolist(),
     }
     rows = zip(*columns.values(), strict=True)
     return [dict(zip(columns, row, strict=True)) for row in rows]
-
-
-def or_none(scores: Tensor) -> list[float | None]:
-    """The numbers of a (B,) tensor, None for NaN: JSON has no NaN."""
-    return [None if math.isnan(x) else x for x in scores.tolist()]
 
 
 def distinct_2(batch: Batch) -> Tensor:

@@ -286,7 +286,7 @@ class Log:
 @dataclass(config=STRICT)
 class RolloutLog(Log):
     responses_every: NonNegativeInt = 50
-    """steps between those of which responses.jsonl has every response; 0 = none"""
+    """steps between those whose responses to the N prompts are in responses.jsonl; 0 = none"""
     plot: bool = False
     """in a notebook: draw the metrics again with each line on the terminal"""
 

@@ -56,7 +56,8 @@ class Session:
             project=cfg.log.project,
             start=state.step,
         )
-        self.rows = read_rows(self.log.path)
+        rows = read_rows(self.log.path)
+        self.rows = [{k: x for k, x in row.items() if k != "sample"} for row in rows]
         self.interrupt = Interrupt()
         self.table = StepTable()
         self.plot = LivePlot()

@@ -199,6 +199,8 @@ def shorten(text: str, width: int) -> str:
     """The text, or its beginning and its end where it has more than `width` characters."""
     if len(text) <= width:
         return text
+    if width < 4:
+        return text[: max(width, 0)]
     start = (width - 3) // 2
     return f"{text[:start]} … {text[len(text) - (width - 3 - start) :]}"
 

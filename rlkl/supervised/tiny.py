@@ -85,7 +85,7 @@ def check_teachable(examples: Sequence[Example]) -> None:
         raise UserError(
             f"model.name=tiny is first taught some answers, and this task has none: {hint}"
         )
-    longest = max(len(e.prompt) + len(e.solution) for e in examples)
+    longest = max(len(e.prompt) + max(len(e.solution), len(mistake_of(e, e))) for e in examples)
     if longest >= TINY.context:
         raise UserError(
             f"model.name=tiny reads at most {TINY.context} characters, and a prompt of this task "
@@ -146,11 +146,14 @@ def lesson(tokenizer: Any, examples: Sequence[Example]) -> tuple[Batch, Tensor]:
 
 
 def teacher(example: Example, other: Example) -> dict[str, float]:
-    """The teacher's answers to an example, each with its probability.
-
-    The mistake is the one that the task names, info["mistake"], or else the solution of `other`.
-    """
-    mistake = example.info.get("mistake", other.solution)
+    """The teacher's answers to an example, each with its probability."""
+    mistake = mistake_of(example, other)
     if mistake == example.solution:
         return {mistake: 1.0}
     return {example.solution: RIGHT, mistake: 1 - RIGHT}
+
+
+def mistake_of(example: Example, other: Example) -> str:
+    """The mistake that the task names, info["mistake"], or else the solution of another example."""
+    named = example.info.get("mistake")
+    return named if named and isinstance(named, str) else other.solution

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,9 @@ class Hub(Listed):
         heldout_split: str | None = None,
         heldout: float = 0.1,
     ) -> None:
-        rows = load_side(split, path, config, (train_split, heldout_split), heldout, key=prompt)
+        splits = (train_split, heldout_split)
+        hashed = hash_key if answer is not None else prompt_of_conversation
+        rows = load_side(split, path, config, splits, heldout, key=prompt, hashed=hashed)
         require_columns(rows, [prompt] if answer is None else [prompt, answer], path)
         self.examples = [parse(row, prompt, answer, chat, path) for row in rows]
 
@@ -78,18 +80,21 @@ def load_side(
     splits: tuple[str, str | None],
     heldout: float,
     key: str,
+    hashed: Callable[[Any], str | list[dict]] | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of one side, "train" or "heldout".
 
     splits: the names of the training and of the held-out split. If the second is None, or the path
-    is a single table, the training split is divided by a hash of the column `key`.
+    is a single table, the training split is divided by a hash of the column `key`, or of what
+    `hashed` makes of it.
     """
     train_split, heldout_split = splits
     if heldout_split is not None and not is_single_table(Path(path)):
         return load(path, config, train_split if split == "train" else heldout_split)
     rows = load(path, config, train_split)
     require_columns(rows, (key,), path)
-    return select_side(rows, split, heldout, lambda row: hash_key(row[key]), f"task.path={path!r}")
+    of = hashed or hash_key
+    return select_side(rows, split, heldout, lambda row: of(row[key]), f"task.path={path!r}")
 
 
 def is_single_table(path: Path) -> bool:
@@ -100,6 +105,11 @@ def is_single_table(path: Path) -> bool:
 def hash_key(x: Any) -> str | list[dict]:
     """A prompt as it is, a number as text."""
     return x if isinstance(x, str | list) else str(x)
+
+
+def prompt_of_conversation(messages: Any) -> str | list[dict]:
+    """What comes before the last message: equal prompts are on one side, whatever the response."""
+    return messages[:-1] if isinstance(messages, list) else hash_key(messages)
 
 
 def load(
