@@ -76,7 +76,7 @@ def test_every_option_that_a_page_names_is_one():
     known = {row[0] for row in options({})}
     known |= {".".join(n.name.split(".")[:2]) for n in names() if n.library == "verl"}
     sections = "|".join(sorted({name.split(".")[0] for name in known if "." in name}))
-    option = rf"(?<![\w./'-])((?:{sections})\.[a-z_]+)\b(?!\()"
+    option = rf"(?<![\w./'\[-])((?:{sections})\.[a-z_]+)\b(?!\()"
     unknown = []
     for page, text in PAGES.items():
         for name in re.findall(option, text):

@@ -127,9 +127,10 @@ def defaults(schema: type = Config) -> dict:
 
 def read_yaml(path: Path) -> dict:
     if not path.is_file():
+        names = shipped_configs()
         raise UserError(
-            f"{path}: no such config file (an override is written key=value); by name there is "
-            f"{', '.join(shipped_configs())}"
+            f"{path}: no such config file (an override is written key=value); "
+            + (did_you_mean(str(path), names) or f"by name there is {', '.join(names)}")
         )
     tree = parse_yaml(path.read_bytes(), str(path)) or {}
     if not isinstance(tree, dict):
@@ -159,7 +160,8 @@ def refuse_flag(flag: str, following: str, tree: dict, schema: type) -> None:
     known = known_keys(tree, schema)
     keys = [name] if name in known else similar_keys(name, known)
     written = " or ".join(f"{key}={value or '…'}" for key in keys)
-    hint = f": did you mean {written}?" if keys else "; --help lists all"
+    here, _ = advice_on(name, tree, schema)
+    hint = f": did you mean {written}?" if keys else f"; {here or '--help lists all'}"
     raise UserError(f"{flag}: options are written key=value, without dashes{hint}")
 
 

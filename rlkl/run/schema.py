@@ -344,7 +344,8 @@ class Config:
         if self.optim.minibatch and self.optim.minibatch > rows:
             raise ValueError(
                 f"optim.minibatch={self.optim.minibatch} is larger than the rollout of {rows} rows "
-                "(sampling.prompts * sampling.group_size)"
+                "(sampling.prompts * sampling.group_size): write optim.minibatch=null for one "
+                f"update a rollout, or at most {rows}"
             )
         if self.sampling.zero_variance != "keep" and self.sampling.group_size == 1:
             raise ValueError(
