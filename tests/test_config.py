@@ -322,6 +322,28 @@ def test_every_loss_goes_with_a_critic_and_without_one():
             )
 
 
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [("new.logprobs", "Tensor"), ("1", "int"), ("new.logprobs, {'x': 1.0}", "tu")],
+)
+def test_a_loss_must_return_a_tensor_and_diagnostics(given, kind):
+    loss = eval(f"lambda new, batch: ({given})")
+    check = partial(check_plugins, ADVANTAGES["grpo"], loss, ("grpo", "mine"), critic=False)
+    message = refused(check, group_size=2)
+    assert message.startswith("loss.name=mine: must return (loss, diagnostics), a (B, T) tensor")
+    assert f"it returned a {kind}" in message
+
+
+def test_an_advantage_must_return_the_returns_too():
+    def advantage(rewards, values, mask, *, group_size):
+        return rewards
+
+    check = partial(check_plugins, advantage, LOSSES["clip"], ("mine", "clip"), critic=False)
+    message = refused(check, group_size=2)
+    assert message.startswith("advantage.name=mine: must return (advantages, returns)")
+    assert message.endswith("it returned a Tensor")
+
+
 def test_a_critic_that_the_advantage_does_not_train_is_refused():
     check = partial(check_plugins, names=("grpo", "clip"), group_size=2, critic=True)
     message = refused(check, ADVANTAGES["grpo"], LOSSES["clip"])

@@ -29,11 +29,11 @@ def evaluated(base, *options, samples=2):
     models, _, data = build(cfg, train.generate_and_score)
     responses = []
 
-    def is_correct(example, response):
-        responses.append(response)
-        return data.heldout.is_correct(example, response)
+    def reward(examples, texts, batch):
+        responses.extend(texts)
+        return data.heldout.reward(examples, texts, batch)
 
-    heldout = data.heldout._replace(is_correct=is_correct)
+    heldout = data.heldout._replace(reward=reward)
     return responses, evaluate(cfg, models, heldout, samples=samples)
 
 

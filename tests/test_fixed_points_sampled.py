@@ -96,7 +96,7 @@ def data_of(game: Game) -> Data:
     def reward(examples, responses, batch):
         return torch.tensor([score_of[response] for response in responses]), {}
 
-    heldout = Heldout([], lambda example, response: False, lambda example, response: {})
+    heldout = Heldout([], reward, lambda example, response: {})
     return Data([Example("")], heldout, reward, scoring=None)
 
 

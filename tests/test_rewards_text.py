@@ -41,6 +41,18 @@ def numbers(source: str, tmp_path, rows=ROWS, **options):
     return [value["score"] if isinstance(value, dict) else value for value in given]
 
 
+@pytest.mark.parametrize("arguments", ["prompt, text", "text", "a, b, c, d", ""])
+def test_arguments_that_no_reward_has_are_refused_with_those_that_one_has(tmp_path, arguments):
+    message = r"mine.py:f: its arguments \(.*\) are those of no reward: name them \(example, resp"
+    with pytest.raises(UserError, match=message):
+        load(f"def f({arguments}):\n    return 0.0\n", tmp_path)
+
+
+def test_a_reward_of_three_arguments_and_options_takes_the_batch(tmp_path):
+    for arguments in ("examples, responses, batch", "a, b, c, *, size", "*args"):
+        assert load(f"def f({arguments}):\n    return 0.0\n", tmp_path, size=1) is None
+
+
 # ------------------------------------------------------------------ TRL
 
 

@@ -186,6 +186,17 @@ def test_jsonl_reads_the_rows_of_trls_sft(tmp_path):
     ]
 
 
+def test_jsonl_of_prompts_alone_has_no_score_of_its_own(tmp_path):
+    rows = [{"prompt": "p", "level": 3}, {"prompt": "q"}]
+    task = Jsonl("train", path=write(tmp_path / "d.jsonl", rows), heldout=0.0)
+    assert [task[0], task[1]] == [Example("p", "", {"level": 3}), Example("q")]
+    with pytest.raises(UserError, match=r"rows have no answer.*reward=file.py:function"):
+        task.score(task[0], "")
+    write(tmp_path / "d.jsonl", [*rows, {"prompt": "r", "answer": "1"}])
+    with pytest.raises(UserError, match=r"d.jsonl:1: the row has no 'answer'"):
+        Jsonl("train", path=str(tmp_path / "d.jsonl"))
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [

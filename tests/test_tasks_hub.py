@@ -8,6 +8,7 @@ import datasets
 import pytest
 
 from rlkl.errors import UserError
+from rlkl.rewards.text import columns
 from rlkl.tasks import mathematics
 from rlkl.tasks.countdown import Countdown
 from rlkl.tasks.gsm8k import GSM8K
@@ -50,7 +51,10 @@ def test_a_file_of_any_kind_is_divided_by_a_hash_and_loses_no_row(tmp_path, kind
     heldout = contents(Hub("heldout", **options))
     assert 5 < len(heldout) < 35
     assert not set(train) & set(heldout)
-    expected = {row["question"]: (row["answer"], {"level": row["level"]}) for row in ROWS}
+    expected = {
+        row["question"]: (row["answer"], {"question": row["question"], "level": row["level"]})
+        for row in ROWS
+    }
     assert train | heldout == expected
 
 
@@ -63,6 +67,19 @@ def test_a_column_of_conversations_is_prompt_and_answer(tmp_path):
     write_jsonl(path, [{"prompt": [user], "completion": [four]}])
     task = Hub("train", path=str(path), answer="completion", heldout=0.0)
     assert contents(task) == {str([user]): ("4", {})}
+
+
+def test_a_reward_reads_the_answer_by_the_name_of_its_column(tmp_path):
+    """As accuracy_reward(completions, solution) of TRL, also where no column is named."""
+    path = tmp_path / "d.jsonl"
+    write_jsonl(path, [{"prompt": "2+2?", "solution": 4}])
+    task = Hub("train", path=str(path), answer="solution", heldout=0.0)
+    assert (task[0].answer, task[0].info) == ("4", {"solution": 4})
+    assert columns([task[0]]) == {"answer": ["4"], "solution": [4]}
+    task = Hub("train", path=str(path), heldout=0.0)
+    assert (task[0].prompt, task[0].answer, task[0].info) == ("2+2?", "", {"solution": 4})
+    with pytest.raises(UserError, match=r"no answer.*reward=file.py:function.*task.answer=COLUMN"):
+        task.score(task[0], "")
 
 
 @pytest.mark.parametrize("kind", WRITE)

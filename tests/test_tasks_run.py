@@ -16,6 +16,7 @@ from runs_fixture import ROOT, rows, train_error
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import train
+from rlkl import cli
 from rlkl.plugins import resolve
 from rlkl.run import config
 from rlkl.run.build import TABLES
@@ -119,6 +120,31 @@ def test_the_grades_of_a_task_are_averaged_over_responses_beside_accuracy(train_
 def test_the_mean_of_grades_is_by_name_and_there_may_be_none():
     assert mean_grades([{"x": 1.0}, {"x": 0.0}]) == {"x": 0.5}
     assert mean_grades([{}, {}]) == mean_grades([]) == {}
+
+
+def test_where_rows_have_no_answers_the_reward_grades_held_out_responses_too(
+    train_on, chat_model, capsys
+):
+    """A reward function of TRL with a dataset of prompts; `rlkl eval` finds the same."""
+    Path("rows.jsonl").write_text("".join(f'{{"prompt": "{i}:"}}\n' for i in range(40)))
+    data = ("task=jsonl", "task.path=rows.jsonl", "task.heldout=0.3")
+    error = train_error(capsys, f"model.name={chat_model}", *data, *SMALL)
+    assert "the task's rows have no answer" in error
+    assert not Path("out").exists()
+    Path("mine.py").write_text(
+        "def odd(completions, **kwargs):\n"
+        "    return [float(sum(map(ord, text)) % 2) for text in completions]\n"
+    )
+    folder = train_on(*data, "reward=mine.py:odd", "scoring.processes=0")
+    assert 0 < rows(folder)[0]["eval/accuracy"] < 1, "a number that could be another"
+    Path("mine.py").unlink()  # the run folder has a copy
+    assert cli.main(["eval", "out"]) == 0
+    before_after = json.loads(Path("out/heldout.json").read_text())
+    evaluated = json.loads(Path("out/eval-1.json").read_text())
+    assert {name: evaluated[name] for name in before_after} == before_after
+    capsys.readouterr()
+    assert cli.main(["sft", *data, f"model.name={chat_model}"]) == 2
+    assert "rlkl sft learns answers" in capsys.readouterr().err
 
 
 def test_a_grade_that_raises_is_one_line(train_on, chat_model, capsys):

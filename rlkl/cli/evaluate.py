@@ -7,7 +7,7 @@ those of its report: sampled and greedy accuracy, pass@k, and the grades of the 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -30,17 +30,18 @@ from rlkl.run import folder as run_folder
 from rlkl.run.build import (
     Heldout,
     Models,
+    build_reward,
     build_sampler,
     build_scoring,
     heldout_examples,
     pick_device,
-    task_functions,
 )
 from rlkl.run.evaluate import evaluate
 from rlkl.run.help import every_option
 from rlkl.run.schema import Config
 from rlkl.run.terminal import log_before_after, log_line
 from rlkl.tasks import TASKS
+from rlkl.tasks.jsonl import has_answers
 
 # The options, and sections, that an evaluation reads. It samples at most prompts * group_size
 # rows at once, but all samples of a prompt together.
@@ -109,8 +110,11 @@ def evaluation_config(run: Run, overrides: list[str]) -> Config:
 
     Raises UserError on an override that an evaluation does not read.
     """
+    reward = run.cfg.reward
+    parts = reward if isinstance(reward, list) else [reward] if reward else []
     plugins = {
         "task": saved_plugin(run, run.cfg.task),
+        "reward": [saved_plugin(run, part) for part in parts] or None,
         "sampling": {"backend": saved_plugin(run, run.cfg.sampling.backend)},
     }
     tree = config.merge(config.merge(run.tree, OFF), plugins)
@@ -127,12 +131,14 @@ def evaluate_both(
     """The held-out metrics before training and of the checkpoint, and the number of prompts."""
     sampler = build_sampler(cfg.sampling.backend)
     task = resolve(cfg.task, TASKS, "task")("heldout")
+    if has_answers(task):
+        cfg = replace(cfg, reward=None)  # it is not read, and may be a model that is gone
     tokenizer, before, after = load_policies(cfg, folder, device)
     examples = heldout_examples(cfg, before, tokenizer, task)
     metrics = []
     with build_scoring(cfg, steps=1) as scoring:
-        _, is_correct, grade = task_functions(cfg, task, scoring)
-        heldout = Heldout(examples, is_correct, grade)
+        _, reward, grade = build_reward(cfg, task, scoring, device)
+        heldout = Heldout(examples, reward, grade)
         for policy in (before, after):
             params = sampling_params(policy, tokenizer, cfg.eval.temperature)
             models = Models(policy, tokenizer, sampler, params, chat=cfg.chat)

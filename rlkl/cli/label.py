@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     device = pick_device(cfg.device)
     task = resolve(cfg.task, TASKS, "task")("train")
     with build_scoring(cfg, steps=1) as scoring:
-        reward, _, _ = task_functions(cfg, task, scoring)
+        reward, _ = task_functions(cfg, task, scoring)
         if cfg.reward:
             reward = assemble([cfg.reward], reward, scoring)
         name = model_name(cfg.model.name, task)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlkl.cli.common import configure, finish, log_start, new_run, open_log
+from rlkl.errors import UserError
 from rlkl.plugins import resolve
 from rlkl.policy.model import context_of, load, sampling_params
 from rlkl.policy.policy import Policy
@@ -22,6 +23,7 @@ from rlkl.supervised.fit import count_response_tokens, cross_entropy, fit
 from rlkl.supervised.schema import SFTConfig
 from rlkl.supervised.scratch import make_scratch
 from rlkl.tasks import TASKS
+from rlkl.tasks.jsonl import has_answers
 
 
 def main(argv: list[str]) -> None:
@@ -31,6 +33,11 @@ def main(argv: list[str]) -> None:
     make_task = resolve(cfg.task, TASKS, "task")
     device = pick_device(cfg.device)
     train_task, heldout_task = make_task("train"), make_task("heldout")
+    if not has_answers(train_task):
+        raise UserError(
+            "rlkl sft learns answers, and the task's rows have none: name the column that has them "
+            "(task.answer=COLUMN of task=datasets)"
+        )
     policy, tokenizer = load_start(cfg, train_task, device)
     pad_id = sampling_params(policy, tokenizer, 1.0).pad_id
     max_tokens = cfg.max_tokens or context_of(policy.lm)

@@ -83,16 +83,9 @@ class Scoring:
 
     def task(
         self, spec: Mapping[str, Any], score: Callable[[Example, str], float | dict[str, float]]
-    ) -> tuple[Reward, Callable[[Example, str], float]]:
-        """The score of a task from a file: as a reward, and as a function of one response."""
-        index = len(self.loaded)
-        reward = self.add(load_task, spec, TextReward(score, call_plain, all_rows=False))
-
-        def score_one(example: Example, response: str) -> float:
-            scores, _ = scores_and_parts(self.values(index, [Row(example, response)]), self.failed)
-            return scores[0] or 0.0
-
-        return reward, score_one
+    ) -> Reward:
+        """The score of a task from a file, as a reward."""
+        return self.add(load_task, spec, TextReward(score, call_plain, all_rows=False))
 
     def add(self, loader: Callable, spec: Mapping[str, Any], text_reward: TextReward) -> Reward:
         """Take in a text reward, and return it as a Reward. loader(spec) loads it in a worker."""

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from rlkl.errors import UserError
-from rlkl.plugins import from_file, resolve
+from rlkl.plugins import from_file, options_of, resolve
 from rlkl.types import Example
 
 
@@ -169,11 +169,28 @@ def load_reward(spec: Mapping[str, Any]) -> TextReward | None:
     function = from_file(name, {}, "reward")
     style = style_of(function)
     if style is None:
+        require_batch_reward(name, function)
         return None
     resolved = resolve(spec, {name: options_only(function)}, "reward")
     # Only what is set is bound: an argument with a default may also be a column of the dataset.
     options = {key: x for key, x in resolved.keywords.items() if key in spec}
     return TextReward(functools.partial(resolved.func, **options), *style)
+
+
+def require_batch_reward(name: str, function: Callable[..., Any]) -> None:
+    """UserError where a reward of no text style cannot be one that takes the Batch either."""
+    parameters = inspect.signature(function).parameters
+    options = options_of(function)
+    try:
+        positional = [p for p in parameters.values() if p.name not in options]
+        inspect.Signature(positional).bind("examples", "responses", "batch")
+    except TypeError as error:
+        raise UserError(
+            f"reward.name={name}: its arguments ({', '.join(parameters)}) are those of no reward: "
+            "name them (example, response); or (completions, …) with columns of the dataset, as in "
+            "TRL; or (data_source, solution_str, ground_truth), as in verl; or (examples, "
+            "responses, batch)"
+        ) from error
 
 
 def load_task(spec: Mapping[str, Any]) -> TextReward:

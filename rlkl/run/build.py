@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -31,9 +31,8 @@ from rlkl.run.tables import TABLES as TABLES
 from rlkl.run.terminal import console, log_line, note, note_few_heldout
 from rlkl.supervised.tiny import cached_base
 from rlkl.tasks import TASKS, Addition
+from rlkl.tasks.jsonl import NO_ANSWERS, has_answers
 from rlkl.types import Batch, Example, SamplingParams
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -49,12 +48,15 @@ class Models:
     optimizer: Optimizer = field(init=False)  # only where the policy is trained
 
 
+Grade = Callable[[Example, str], dict[str, float]]  # what a task reports beside accuracy
+
+
 class Heldout(NamedTuple):
-    """The held-out prompts, and how a response to one is graded."""
+    """The held-out prompts, and how responses to them are graded."""
 
     examples: list[Example]
-    is_correct: Callable[[Example, str], bool]
-    grade: Callable[[Example, str], dict[str, float]]  # what the task reports beside accuracy
+    reward: Reward  # a response is correct if this scores it at least 1
+    grade: Grade
 
 
 @dataclass
@@ -86,11 +88,11 @@ def build(
     make_task = resolve(cfg.task, TASKS, "task")
     task, heldout_task = make_task("train"), make_task("heldout")
     scoring = build_scoring(cfg, cfg.optim.steps)
-    reward, is_correct, grade = build_reward(cfg, task, scoring, device)
+    reward, heldout_reward, grade = build_reward(cfg, task, scoring, device)
     warn(cfg, algorithm, task, device)
     models = build_models(cfg, task, sampler, device)
     heldout = Heldout(
-        heldout_examples(cfg, models.policy, models.tokenizer, heldout_task), is_correct, grade
+        heldout_examples(cfg, models.policy, models.tokenizer, heldout_task), heldout_reward, grade
     )
     examples = [task[i] for i in range(len(task))]
     train = filter_by_length(cfg, models.policy, models.tokenizer, examples, "train")
@@ -213,48 +215,42 @@ def build_scoring(cfg: Any, steps: int) -> Scoring:
 
 def build_reward(
     cfg: Config, task: Any, scoring: Scoring, device: torch.device
-) -> tuple[Reward, Callable[[Example, str], bool], Callable[[Example, str], dict[str, float]]]:
-    """(reward of the run, `is_correct` of the task, `grade` of the task)."""
-    reward, is_correct, grade = task_functions(cfg, task, scoring)
+) -> tuple[Reward, Reward, Grade]:
+    """(reward of the run, reward of its held-out evaluation, `grade` of the task).
+
+    Held-out responses have the score of the task, whatever is trained on. Rows without answers have
+    none: there it is the reward of the run. Raises UserError where that is not given either.
+    """
+    reward, grade = task_functions(cfg, task, scoring)
+    heldout_reward = reward
     if cfg.reward:
         sections = cfg.reward if isinstance(cfg.reward, list) else [cfg.reward]
         reward = assemble(sections, reward, scoring)
         try_rewards(sections, device)
+    if not has_answers(task):
+        heldout_reward = reward
+        if not cfg.reward:
+            raise UserError(NO_ANSWERS)
     if cfg.overlong.buffer:
         room = cfg.sampling.max_new_tokens
         reward = with_overlong(reward, room, cfg.overlong.buffer, cfg.overlong.coef)
-    return reward, is_correct, grade
+    return reward, heldout_reward, grade
 
 
-def task_functions(
-    cfg: Any, task: Any, scoring: Scoring
-) -> tuple[Reward, Callable[[Example, str], bool], Callable[[Example, str], dict[str, float]]]:
-    """The task's score as a reward, its `is_correct`, and its `grade`: {} where it has none."""
-    reward, score = from_task(task.score), task.score
-    if cfg.task["name"] not in TASKS:  # user code
-        reward, score = scoring.task(cfg.task, task.score)
-    grade = getattr(task, "grade", lambda *_: {})
-    return reward, partial(is_correct, score), partial(call_task, "grade", grade)
+def task_functions(cfg: Any, task: Any, scoring: Scoring) -> tuple[Reward, Grade]:
+    """The task's score as a reward, and its `grade`: {} where it has none."""
+    is_built_in = cfg.task["name"] in TASKS
+    reward = from_task(task.score) if is_built_in else scoring.task(cfg.task, task.score)
+    return reward, partial(call_grade, getattr(task, "grade", lambda *_: {}))
 
 
-def is_correct(
-    score: Callable[[Example, str], float | dict[str, float]], example: Example, response: str
-) -> bool:
-    """Whether the score, or the sum of its named parts, is at least 1."""
-    scored = call_task("score", score, example, response)
-    total = sum(scored.values()) if isinstance(scored, dict) else scored
-    return total >= 1
-
-
-def call_task(
-    name: str, function: Callable[[Example, str], T], example: Example, response: str
-) -> T:
-    """What a task's function returns. UserError where it raises."""
+def call_grade(grade: Grade, example: Example, response: str) -> dict[str, float]:
+    """The grades of a response. UserError where the task raises."""
     try:
-        return function(example, response)
+        return grade(example, response)
     except Exception as error:  # user code may fail in any way
         raise UserError(
-            f"task.{name} raised {type(error).__name__}: {error} for the response {response!r}"
+            f"task.grade raised {type(error).__name__}: {error} for the response {response!r}"
         ) from error
 
 

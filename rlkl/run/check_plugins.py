@@ -52,9 +52,16 @@ def check_advantage(
 ) -> None:
     """Fill the advantages and returns. UserError where nothing could be learned from them."""
     try:
-        advantages, returns = advantage(
-            batch.rewards, batch.values, batch.mask, group_size=group_size
+        given = advantage(batch.rewards, batch.values, batch.mask, group_size=group_size)
+    except Exception as error:
+        raise UserError(f"advantage.name={name}: {reason(error)}") from error
+    if not (isinstance(given, tuple | list) and len(given) == 2):
+        raise UserError(
+            f"advantage.name={name}: must return (advantages, returns), (B, T) tensors, or "
+            f"(advantages, None) where it trains no critic; it returned a {type(given).__name__}"
         )
+    advantages, returns = given
+    try:
         batch.fill(advantages=advantages, returns=returns)
         all_zero = not advantages.any()
     except Exception as error:
@@ -83,11 +90,17 @@ def check_loss(
     """UserError unless the loss and its diagnostics are (B, T), and the loss has a gradient."""
     shape = batch.mask.shape
     try:
-        per_token, diagnostics = loss(new, batch)
-        tensors = {"loss": per_token, **diagnostics}
-        wrong = {n: tuple(x.shape) for n, x in tensors.items() if x.shape != shape}
+        given = loss(new, batch)
     except Exception as error:
         raise UserError(f"loss.name={name}: {reason(error)}") from error
+    if not is_loss(given):
+        raise UserError(
+            f"loss.name={name}: must return (loss, diagnostics), a (B, T) tensor and a dict of "
+            f"(B, T) tensors, which may be empty; it returned a {type(given).__name__}"
+        )
+    per_token, diagnostics = given
+    tensors = {"loss": per_token, **diagnostics}
+    wrong = {n: tuple(x.shape) for n, x in tensors.items() if x.shape != shape}
     if wrong:
         raise UserError(
             f"loss.name={name}: must return (B, T) tensors; for a {tuple(shape)} batch it "
@@ -97,6 +110,13 @@ def check_loss(
         raise UserError(
             f"loss.name={name}: its loss does not depend on new.logprobs, so it has no gradient"
         )
+
+
+def is_loss(given: object) -> bool:
+    """Is this a tensor and a dict of tensors?"""
+    if not (isinstance(given, tuple | list) and len(given) == 2 and isinstance(given[1], dict)):
+        return False
+    return all(isinstance(x, Tensor) for x in [given[0], *given[1].values()])
 
 
 def check_kl(kl: Callable[..., Tensor], option: str, *, in_reward: bool) -> None:

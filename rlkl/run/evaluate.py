@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from rlkl.rewards import compute_scores
 from rlkl.rollout.sampling import decode, draw_uniforms, generate
 from rlkl.run.build import Heldout, Models
 from rlkl.run.schema import Config
@@ -60,10 +61,12 @@ def graded_responses(
             device = models.policy.lm.device
             uniforms = draw_uniforms(rows, cfg.sampling.max_new_tokens, rng, device)
             batch = generate(models, examples, uniforms, params)
-            for row, response in enumerate(decode(models.tokenizer, batch)):
-                example = examples[row // samples]
-                is_correct = heldout.is_correct(example, response)
-                yield start + row // samples, is_correct, heldout.grade(example, response)
+            row_examples = [example for example in examples for _ in range(samples)]
+            responses = decode(models.tokenizer, batch)
+            scores, _ = compute_scores(heldout.reward, row_examples, responses, batch)
+            for row, (score, response) in enumerate(zip(scores.tolist(), responses, strict=True)):
+                grades = heldout.grade(row_examples[row], response)
+                yield start + row // samples, score >= 1, grades
             show_done(start + len(examples))
 
 

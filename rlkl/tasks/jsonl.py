@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rlkl.errors import UserError
 from rlkl.tasks.listed import Listed
 from rlkl.tasks.messages import last_turn, response_text
@@ -9,39 +11,65 @@ from rlkl.tasks.read_jsonl import is_prompt, json_rows
 from rlkl.tasks.split import select_side
 from rlkl.types import Example
 
+NO_ANSWERS = (
+    "the task's rows have no answer, so a response can only be scored by a reward: give one "
+    "(reward=file.py:function), or name the column that has the answer (task.answer=COLUMN of "
+    "task=datasets)"
+)
+
 
 class Jsonl(Listed):
     """The rows of `path`; keys other than prompt and answer go to Example.info.
 
     The rows of TRL's SFT are read too: {"prompt": …, "completion": …}, and {"messages": […]}, where
-    the last message is the answer and all before it are the prompt.
+    the last message is the answer and all before it are the prompt. Where no row has an answer, a
+    reward of one's own scores.
     About a share `heldout` of the prompts is held out, by a hash of the prompt.
     """
 
     def __init__(self, split: str, *, path: str, heldout: float = 0.1) -> None:
-        examples = [parse(row, where) for where, row in json_rows(path, "task.path")]
+        rows = list(json_rows(path, "task.path"))
+        self.has_answers = any(ANSWERS & row.keys() for _, row in rows)
+        examples = [parse(row, where, self.has_answers) for where, row in rows]
         source = f"task.path={path!r}"
         self.examples = select_side(examples, split, heldout, lambda e: e.prompt, source)
 
     def score(self, example: Example, response: str) -> float:
-        """1 if the response equals the answer, except for white space around it."""
+        """1 if the response equals the answer, except for white space around it.
+
+        Raises UserError where the rows have no answers.
+        """
+        if not self.has_answers:
+            raise UserError(NO_ANSWERS)
         return float(response.strip() == example.answer.strip())
 
 
-def parse(row: dict, where: str) -> Example:
-    """One row as an Example. Raises UserError naming the line."""
+ANSWERS = {"answer", "completion", "messages"}  # the keys of a row that may hold its answer
+
+
+def has_answers(task: Any) -> bool:
+    """Can the task score a response? Not where its rows hold only prompts."""
+    return getattr(task, "has_answers", True)
+
+
+def parse(row: dict, where: str, has_answers: bool = True) -> Example:
+    """One row as an Example. Raises UserError naming the line.
+
+    has_answers: the row must have one.
+    """
     if "messages" in row and "prompt" not in row:
         prompt, answer = last_turn(row.pop("messages"), f"{where}: messages")
         return Example(prompt, answer, row)
     if "completion" in row and "answer" not in row:
         row["answer"] = response_text(row.pop("completion"), f"{where}: completion")
-    if missing := [name for name in ("prompt", "answer") if name not in row]:
+    needs = ("prompt", "answer") if has_answers else ("prompt",)
+    if missing := [name for name in needs if name not in row]:
         raise UserError(
             f"{where}: the row has no {missing[0]!r}; it needs prompt and answer, prompt and "
             "completion, or messages"
         )
     prompt = row.pop("prompt")
-    answer = row.pop("answer")
+    answer = row.pop("answer", "")
     if not is_prompt(prompt) or not isinstance(answer, str | int | float):
         raise UserError(f"{where}: prompt must be text or chat messages, answer text or a number")
     return Example(prompt, str(answer), row)
