@@ -1312,7 +1312,8 @@ def test_verify_says_how_many_responses_a_rollout_has(run, monkeypatch, case, ti
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["explane"], "error: no command 'explane'; there is train, explain"),
+        (["explane"], "error: no command 'explane'; did you mean explain?"),
+        (["sprocket"], "error: no command 'sprocket'; there is train, explain"),
         (["explain", "--verfy"], "error: rlkl explain has no option '--verfy'; it takes --verify"),
         (["explain", "nope.yaml"], "error: nope.yaml: no such config file"),
         (

@@ -119,7 +119,7 @@ def test_a_run_is_resumed_with_the_same_functions_and_with_no_others(base, capsy
         return 0.0
 
     other.__name__ = "digits"
-    with pytest.raises(UserError, match="python:digits differs from part/plugins"):
+    with pytest.raises(UserError, match="digits differs from part/plugins"):
         rlkl.train(resume="part", reward=other, steps=4)
     rlkl.train(resume="part", reward=digits, steps=4)
     # the schedule is constant: the shorter run took the same steps
@@ -128,10 +128,12 @@ def test_a_run_is_resumed_with_the_same_functions_and_with_no_others(base, capsy
 
 @pytest.mark.usefixtures("here")
 def test_a_mistake_is_an_error_of_one_line_without_the_ones_that_led_to_it(base):
-    with pytest.raises(UserError, match=r"^python:clipped has no option 'widht'") as caught:
+    with pytest.raises(UserError, match=r"^clipped has no option 'widht'") as caught:
         rlkl.train(*small(base), loss={"name": clipped, "widht": 0.1})
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
+    with pytest.raises(UserError, match=r"^loss=lambda: must return \(loss, diagnostics\)"):
+        rlkl.train(*small(base), loss=lambda new, batch: new.logprobs)
     with pytest.raises(UserError, match=r"unknown key optim\.step"):
         rlkl.train(*small(base), optim={"step": 1})
 

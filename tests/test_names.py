@@ -3,15 +3,17 @@
 import json
 import re
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 from runs_fixture import ROOT
 
+import rlkl
 from rlkl import cli
 from rlkl.errors import UserError
 from rlkl.plugins import options_of
 from rlkl.run.config import load, options
-from rlkl.run.names import AROUND, TRL, TRL_AROUND, VERL, names
+from rlkl.run.names import AROUND, TRAINER, TRL, TRL_AROUND, VERL, names
 from rlkl.run.schema import Config
 from rlkl.run.tables import TABLES
 from rlkl.supervised.schema import SFTConfig
@@ -36,7 +38,9 @@ def test_an_unknown_key_of_trl_or_verl_is_answered_with_what_to_write_here():
     for override, answer in {
         "num_generations=8": "TRL's num_generations is sampling.group_size here",
         "beta=0.04": "TRL's beta is kl_ref.coef here: with kl_ref.place=loss",
-        "lr=1e-6": "verl's actor_rollout_ref.actor.optim.lr is optim.lr here",
+        "train_dataset=x": "TRL's train_dataset is task here: {name: datasets, path: …}",
+        "peft_config=x": "TRL's peft_config is lora.r here",
+        "callbacks=[]": "TRL's callbacks has no counterpart here: the rows of a run",
         "learning_rate=1e-6": "TRL's learning_rate is optim.lr here",
         "optim.learning_rate=1e-6": "TRL's learning_rate is optim.lr here",
         "epsilon=0.2": "TRL's epsilon is loss.epsilon here",
@@ -67,6 +71,7 @@ def test_a_misspelt_key_is_answered_with_the_one_that_is_meant():
         "loss.epsilom=0.2": "did you mean loss.epsilon?",
         "task={name: gsm8k, methd: strict}": "did you mean task.method?",
         "reward=[{name: repetition, wieght: 2, coeff: 1}]": "repetition has no option 'wieght'",
+        "lr=1e-5": "did you mean optim.lr or critic.lr?",
         "kl.coef=1": "did you mean kl_ref.coef or kl_old.coef?",
     }.items():
         assert answer in message(override), override
@@ -138,7 +143,12 @@ def trl_table() -> str:
     named = [f"`{name}` ({code(here)})" for name, here in TRL_AROUND.items() if here]
     others = [f"`{name}`" for name, here in TRL_AROUND.items() if not here]
     text = f"These are accepted, and {AROUND.replace('it does', 'do')}: "
-    return "\n".join([*lines, "", text + ", ".join(named + others) + "."])
+    lines += ["", text + ", ".join(named + others) + "."]
+    lines += ["", "Arguments of `GRPOTrainer` itself:", "", "| TRL | here | |", "|---|---|---|"]
+    lines += [
+        f"| `{name}` | {code(here) if here else ''} | {note} |" for name, here, note in TRAINER
+    ]
+    return "\n".join(lines)
 
 
 def verl_table() -> str:
@@ -178,6 +188,17 @@ def test_the_page_shows_what_is_printed(tmp_path, monkeypatch, capsys):
     assert len(shown.splitlines()) == 9  # as the page says
     (tmp_path / "ours.yaml").write_text(printed)
     assert load(["ours.yaml"]).task == {"name": "addition"}
+
+
+def test_the_call_on_the_page_is_a_valid_one(monkeypatch):
+    """Up to the model and the dataset, which are on the hub."""
+    started = SimpleNamespace(train=lambda cfg, command: cfg)
+    monkeypatch.setattr("rlkl.run.from_python.trainer", lambda: started)
+    (call,) = re.findall(r"```python\nrun = (rlkl.train.*?)```", PAGE.read_text("utf-8"), re.S)
+    cfg = eval(call, {"rlkl": rlkl, "accuracy_reward": lambda completions, solution: [0.0]})
+    assert cfg.model.name == "Qwen/Qwen3-0.6B"
+    assert (cfg.task["path"], cfg.lora.r, cfg.optim.lr) == ("trl-lib/DeepMath-103K", 16, 1e-5)
+    assert cfg.reward["name"].startswith("python:")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 from rlkl.errors import exit_code
+from rlkl.run.names import did_you_mean
 
 COMMANDS = {  # name → (its module in rlkl/cli, loaded only when it is run; what it does)
     "train": ("train", "train with PPO or GRPO, by a shipped configuration or your own"),
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\nrlkl COMMAND --help tells more.")
         return 0
     if argv[0] not in COMMANDS:
-        print(f"error: no command {argv[0]!r}; there is {', '.join(COMMANDS)}", file=sys.stderr)
+        advice = did_you_mean(argv[0], COMMANDS) or f"there is {', '.join(COMMANDS)}"
+        print(f"error: no command {argv[0]!r}; {advice}", file=sys.stderr)
         return 2
     return exit_code(import_module(f"rlkl.cli.{COMMANDS[argv[0]][0]}").main, argv[1:])

@@ -260,13 +260,13 @@ def memory_lines(plan: Memory) -> Iterator[tuple[str, dict[str, float]]]:
     }
     lines = [
         "memory    {resident_gb} GB: weights {weights_gb}, reference {reference_gb}, "
-        "masters {masters_gb}, moments {moments_gb}",
+        "float32 masters {masters_gb}, Adam moments {moments_gb}",
         "sampling  {sampling_gb} more: KV cache {kv_cache_gb}, logits {sampling_logits_gb}",
         "learning  {learning_gb} more: gradients {gradients_gb}, activations {activations_gb}, "
         "logits {logits_gb}",
     ]
     if plan.host:
-        lines.append("host      {host_gb} GB of the CPU's memory: masters and moments")
+        lines.append("host      {host_gb} GB of the CPU's memory: float32 masters and Adam moments")
     lines.append("peak      {peak_gb} GB")
     for line in lines:
         yield line, {name: x for name, x in numbers.items() if f"{{{name}}}" in line}

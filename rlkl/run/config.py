@@ -87,7 +87,9 @@ def overridden(tree: dict, argv: Sequence[str], schema: type = Config) -> dict:
         if arg.startswith("-"):
             refuse_flag(arg, "".join(argv[i + 1 : i + 2]), tree, schema)
         key, equals, value = arg.partition("=")
-        part = nested(key, parse_yaml(value, arg)) if equals else read_yaml(config_path(arg))
+        part = (
+            nested(key, parse_yaml(value, arg)) if equals else read_yaml(config_path(arg), schema)
+        )
         tree = merge(tree, part)
     return tree
 
@@ -125,9 +127,9 @@ def defaults(schema: type = Config) -> dict:
     return asdict(schema())
 
 
-def read_yaml(path: Path) -> dict:
+def read_yaml(path: Path, schema: type = Config) -> dict:
     if not path.is_file():
-        names = shipped_configs()
+        names = shipped_names(schema)
         raise UserError(
             f"{path}: no such config file (an override is written key=value); "
             + (did_you_mean(str(path), names) or f"by name there is {', '.join(names)}")
@@ -136,6 +138,16 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections of key: value, got {tree!r}")
     return tree
+
+
+def shipped_names(schema: type) -> list[str]:
+    """The shipped configurations that have no other sections than `schema` has."""
+    sections = {f.name for f in fields(schema)}
+    return [
+        name
+        for name, path in shipped_configs().items()
+        if parse_yaml(path.read_bytes(), str(path)).keys() <= sections
+    ]
 
 
 def parse_yaml(text: str | bytes, where: str) -> Any:
@@ -200,7 +212,7 @@ def merge(old: dict, new: Any) -> dict:
         raise UserError(f"expected sections of key: value, got {new!r}")
     merged = dict(old)
     for key, value in new.items():
-        value = as_section(value) if key in PLUGINS else value
+        value = as_section(value) if key in (*PLUGINS, "model") else value
         before = old.get(key)
         if isinstance(before, dict) and isinstance(value, dict):
             named = key in PLUGINS and "name" in before
@@ -248,9 +260,9 @@ def advice_on(key: str, tree: dict, schema: type) -> tuple[str, str]:
 
     Names of TRL and verl are those of training: other commands have none.
     """
-    sections = [f.name for f in fields(schema)]
-    here = counterpart(key, sections) if schema is Config else ""
-    return here, did_you_mean(key, known_keys(tree, schema))
+    known = known_keys(tree, schema)
+    here = counterpart(key, known) if schema is Config else ""
+    return here, did_you_mean(key, known)
 
 
 def known_keys(tree: dict, schema: type) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from os import PathLike, fspath
 from typing import Any
 
 from rlkl.errors import UserError
-from rlkl.plugins import FROM_PYTHON, name_given
+from rlkl.plugins import FROM_PYTHON, PYTHON, name_given
 from rlkl.run.folder import configure
 from rlkl.run.session import Session
 from rlkl.run.shipped import trainer
@@ -26,6 +27,8 @@ def train(config: Sequence[str], steps: int | None, options: dict[str, Any]) -> 
     try:
         return trainer().train(configure(arguments, options), f"rlkl.train({', '.join(shown)})")
     except UserError as error:  # without the exceptions that it came from
+        message = re.sub(rf"(?:\.name(=)'?)?{PYTHON}:(\w+)'?", r"\1\2", str(error))
+        error.args = (message,)
         raise error.with_traceback(None) from None
 
 

@@ -17,18 +17,16 @@ from rlkl.run import config
 from rlkl.run.names import did_you_mean
 from rlkl.run.schema import Config
 from rlkl.run.tables import TABLES
-from rlkl.run.terminal import print_help
+from rlkl.run.terminal import log_line, print_help
 
 FLAGS = {"-h", "--help"}
+HINT = "--help NAME shows a section (optim), what may be named (loss), or a function (loss.clip)"
 Row = tuple[str, str, str | None, str]  # key, type, default (None: it must be given), description
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
     """Is --help among the arguments?"""
     return bool(FLAGS & set(argv))
-
-
-HINT = "--help NAME shows a section (optim), what may be named (loss), or a function (loss.clip)"
 
 
 def usage(command: str, names: str = "[NAME or CONFIG.yaml …]") -> str:
@@ -46,9 +44,9 @@ def show_help(argv: Sequence[str], text: str, rows: Sequence[Row]) -> None:
     for topic in topics:
         show_topic(topic, rows)
     if not topics:
-        if any(key in TABLES for key, *_ in rows):
-            text += f"{HINT}\n"
         print_help(text, [cells(row) for row in rows])
+        if any(key in TABLES for key, *_ in rows):
+            log_line(f"\n{HINT}")
 
 
 def show_topic(topic: str, rows: Sequence[Row]) -> None:

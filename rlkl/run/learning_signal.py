@@ -85,10 +85,12 @@ def warning(rows: Sequence[dict[str, Any]], sample_of_step: dict[str, Any]) -> s
     if len(rows) > PATIENCE and not has_signal(rows[-PATIENCE - 1]):
         return None  # it was said before
     rewards = [row["reward"] for row in last]
+    low, high = f"{min(rewards):.3g}", f"{max(rewards):.3g}"
     found = (
         f"no signal in the last {PATIENCE} steps: responses that are compared have equal scores, "
-        f"so these teach nothing. Mean scores: {min(rewards):.3g} to {max(rewards):.3g}"
+        "so these teach nothing. "
     )
+    found += f"The mean score was {low}" + (f" to {high}" if low != high else " in each step")
     if len(rows) > PATIENCE and rewards[-1] >= max(row["reward"] for row in rows):
         return f"{found}, as high as ever. If everything is solved, take harder prompts, or stop"
     score = sample_of_step["score"]
@@ -96,6 +98,6 @@ def warning(rows: Sequence[dict[str, Any]], sample_of_step: dict[str, Any]) -> s
     return (
         f"{found}; {last[-1]['truncated_fraction']:.0%} of the responses truncated; a sample: "
         f"{response}, score {'none' if score is None else format(score, 'g')}. Does the prompt "
-        "look as the model expects it (task.chat)? Can a response be right within "
+        "look as the model expects it (its chat template)? Can a response be right within "
         "sampling.max_new_tokens? Does the score tell a better response from a worse one?"
     )

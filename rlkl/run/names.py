@@ -327,6 +327,21 @@ TRL_AROUND = {  # name → what to write here, where there is such an option
 } | dict.fromkeys(UNMAPPED.split(), "")
 AROUND = "it does not change what is optimised"
 
+TRAINER = (  # arguments of TRL's GRPOTrainer itself, as in rlkl.train(train_dataset=…)
+    ("train_dataset", "task", "{name: datasets, path: …}, {name: jsonl, path: …}, or your own"),
+    ("eval_dataset", "task", "a task has both sides: task.heldout_split, or task.heldout"),
+    ("args", "", "each field of a GRPOConfig is an option; rlkl explain --trl FILE translates it"),
+    ("peft_config", "lora.r", "with lora.alpha and lora.target_modules"),
+    ("processing_class", "", "the tokenizer is the one in the model's folder"),
+    ("reward_processing_classes", "", "a reward model brings its tokenizer"),
+    ("callbacks", "", "the rows of a run, metrics.jsonl and log.wandb=online have the metrics"),
+    ("optimizers", "optim", "AdamW in float32 is the only optimizer"),
+    ("quantization_config", "", QUANTISED),
+    ("rollout_func", "sampling.backend", "file.py:function"),
+    ("tools", "", "there are no tools"),
+    ("environment_factory", "", "there are no tools"),
+)
+
 # ------------------------------------------------------------------ verl
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -457,20 +472,25 @@ def names() -> list[Name]:
     """Every name of TRL, then of verl."""
     fields = [Name("TRL", f.name, f.here, f.note) for f in TRL]
     around = [Name("TRL", name, here, AROUND) for name, here in TRL_AROUND.items()]
-    return fields + around + [Name("verl", *row) for row in VERL]
+    trainer = [Name("TRL", *row) for row in TRAINER]
+    return fields + around + trainer + [Name("verl", *row) for row in VERL]
 
 
-def counterpart(key: str, sections: Iterable[str]) -> str:
+def counterpart(key: str, known: Iterable[str]) -> str:
     """What to write here for a name of TRL or verl, as a part of a message; "" for another name.
 
     key: as it was written: num_generations, optim.learning_rate, actor_rollout_ref.rollout.n.
-    sections: ours, which may stand before the name. The whole name counts, or else its end.
+    known: our keys. The sections of these may stand before the name. The whole name counts, or else
+    its end, unless one of ours ends so too, which may be meant (lr).
     """
+    known = list(known)
     section, _, option = key.partition(".")
+    sections = {k.partition(".")[0] for k in known}
     spellings = (key, option) if option and section in sections else (key,)
-    whole = [name for name in names() if name.name in spellings]
-    ends = [n for n in names() if n.name.endswith(tuple(f".{s}" for s in spellings))]
-    for name in whole + ends:
+    found = [name for name in names() if name.name in spellings]
+    if not found and not any(k.endswith(f".{key}") for k in known):
+        found = [n for n in names() if n.name.endswith(tuple(f".{s}" for s in spellings))]
+    for name in found:
         whose = f"{name.library}'s {name.name}"
         if not name.here:
             return f"{whose} has no counterpart here: {name.note}"

@@ -46,7 +46,7 @@ def selfcheck(cfg: Config, models: Models, data: Data, fresh: bool) -> str:
 def report_gaps(gaps: dict[str, Tensor], bfloat16: bool) -> str:
     """The line of `selfcheck`, or UserError."""
     largest = ", ".join(f"{name} {float(gap.max()):.1e}" for name, gap in gaps.items())
-    line = f"self-check: largest gaps: {largest} nats"
+    line = f"self-check: log-probs that must agree differ by at most: {largest} nats"
     if bfloat16:
         far = [name for name, gap in gaps.items() if not gap.mean() <= MEAN_GAP_BF16]
         if far:

@@ -14,6 +14,7 @@ class Addition:
 
     Numbers are padded to one length. The answer is written as one adds by hand, units first: the
     answer of `47+05=` is `25`. The typical mistake is to forget every carry: `24`.
+    digits: of each number.
     """
 
     def __init__(self, split: str, *, digits: int = 2) -> None:
