@@ -66,7 +66,7 @@ examples: $(BIN)/.dev  ## every config for a CPU, end to end, in one table: abou
 measure: $(BIN)/.dev  ## every config for a CPU as it stands, and the tables of the pages from it: about 40 minutes
 	@$(BIN)/python -m benchmarks.measured
 
-real: $(BIN)/.real  ## PPO and GRPO on a pre-trained model from the package index, 3 seeds and a control; resumable, half an hour on 2 cores
+real: $(BIN)/.real  ## PPO and GRPO on a pre-trained model from the package index, 3 seeds and a control; resumable, 40 minutes on 2 cores
 	@$(BIN)/python -m benchmarks.real.runs
 
 crash: $(BIN)/.dev  ## kill -9 at 20 random moments, resumed each time, against an uninterrupted run

@@ -270,7 +270,7 @@ SHIPPED = {
     "gsm8k-ppo": {"updates": 4, "beta": 0.001, "entropy_bonus": 0.001},
     "question": {"updates": 4, "beta": 0.5},
     "real-grpo": {"updates": 1},
-    "real-replies": {"updates": 1, "beta": 0.05},
+    "real-replies": {"updates": 1, "beta": 0.2},
     "real-ppo": {"updates": 2},
     "rlhf-0.5b": {"updates": 2, "beta": 0.05},
     "scratch-countdown": {"updates": 4, "resample_rounds": 3},

@@ -24,11 +24,12 @@ LAST = 4  # steps whose mean is the end of a curve
 def sections(results: dict[str, Any]) -> dict[str, str]:
     """The tables of the pages, by the name of their marker."""
     rows = {row["name"]: row for row in results["rows"]}
+    replies = [row for row in results["rows"] if row["config"] == "real-replies"]
     return {
         "real": learned(rows),
         "real-samples": samples(rows["grpo-0"]),
-        "real-replies": samples(rows["replies"], rows["replies-kl-off"]),
-        "real-kl": kl(rows["replies"], rows["replies-kl-off"]),
+        "real-replies": samples(*replies),
+        "real-kl": kl(*replies),
         "real-report": table(results["report"][0], results["report"][1:]),
     }
 

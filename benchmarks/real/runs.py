@@ -82,13 +82,14 @@ class Run(NamedTuple):
 RUNS = (  # the longest first, so that no process waits long for another at the end
     Run("ppo", "real-ppo"),
     Run("replies", "real-replies"),
+    Run("replies-kl-low", "real-replies", ("kl_ref.coef=0.05",)),
     Run("replies-kl-off", "real-replies", ("kl_ref.coef=0",)),
     Run("grpo-0", "real-grpo", ("seed=0",)),
     Run("grpo-1", "real-grpo", ("seed=1",)),
     Run("grpo-2", "real-grpo", ("seed=2",)),
     Run("grpo-shuffled", "real-grpo", ("advantage=tests/shuffled.py:grpo",)),
 )
-COMPARED = ("replies", "replies-kl-off")  # what `rlkl report` puts side by side
+COMPARED = ("replies", "replies-kl-low", "replies-kl-off")  # what `rlkl report` puts side by side
 
 
 # ------------------------------------------------------------------ running
