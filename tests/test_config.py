@@ -16,7 +16,6 @@ from rlkl.errors import UserError
 from rlkl.losses import LOSSES, SELECTORS
 from rlkl.plugins import resolve
 from rlkl.run import algorithm, config, schema, terminal
-from rlkl.run.build import TABLES
 from rlkl.run.check_plugins import check_plugins
 from rlkl.run.config import load
 from rlkl.run.folder import configure
@@ -273,7 +272,7 @@ def test_a_renamed_option_is_refused_with_its_new_name_from_wherever_it_comes(tm
 
 
 def test_the_new_names_exist():
-    known = {row[0] for row in config.options({})}
+    known = {row[0] for row in config.options()}
     known |= {f"loss.{name}" for name in inspect.signature(LOSSES["clip"]).parameters}
     known |= {f"task.{name}" for name in inspect.signature(TASKS["gsm8k"]).parameters}
     options = {name for name in RENAMED.values() if not name.startswith("loss=")}
@@ -296,6 +295,11 @@ def test_the_options_of_another_command_are_not_answered_with_names_of_training(
 
 
 # ------------------------------------------------------------------ what goes with what
+
+
+def test_a_model_may_be_given_by_its_name_alone():
+    cfg = load(["model.dtype=float64", "model=some/model"])
+    assert (cfg.model.name, cfg.model.dtype) == ("some/model", "float64")
 
 
 def test_a_group_of_one_is_refused_where_the_group_is_the_baseline():
@@ -491,7 +495,7 @@ def test_help_lists_every_option_with_type_default_and_one_line(capsys, monkeypa
     monkeypatch.setattr(terminal.console, "width", 400)
     train.main(["--help"])
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    table = config.options(TABLES)
+    table = config.options()
     assert [row[0] for row in table] == option_keys(schema.Config)
     for key, kind, default, description in table:
         assert kind
@@ -503,7 +507,7 @@ def test_help_lists_every_option_with_type_default_and_one_line(capsys, monkeypa
 
 
 def test_help_shows_the_defaults_that_a_run_without_arguments_has():
-    shown = {key: default for key, _, default, _ in config.options(TABLES)}
+    shown = {key: default for key, _, default, _ in config.options()}
     cfg = load([])
     assert shown["optim.lr"] == str(cfg.optim.lr)
     assert shown["loss"] == cfg.loss["name"]

@@ -94,7 +94,7 @@ def test_the_configuration_of_the_page_is_valid_and_its_options_exist():
     (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
     tree = config.merge(config.defaults(), config.parse_yaml(text, "the page"))
     assert config.build(tree).eval.stop == ["\nQuestion:", "</answer>"]
-    known = {row[0] for row in config.options({})}
+    known = {row[0] for row in config.options()}
     named = set(re.findall(r"`((?:eval|sampling|model)\.\w+)", PAGE))
     assert len(named) > 7
     assert named - known == set()

@@ -10,9 +10,9 @@ from test_docs import functions
 from rlkl.explain.tabular import BANDIT, probabilities
 from rlkl.plugins import resolve
 from rlkl.run import config
-from rlkl.run.build import TABLES
 from rlkl.run.config import options
 from rlkl.run.names import names
+from rlkl.run.tables import TABLES
 
 PAGES = {
     p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8")
@@ -73,7 +73,7 @@ PLUGINS = ("loss", "advantage", "reward", "task", "selector", "sampling.backend"
 
 
 def test_every_option_that_a_page_names_is_one():
-    known = {row[0] for row in options({})}
+    known = {row[0] for row in options()}
     known |= {".".join(n.name.split(".")[:2]) for n in names() if n.library == "verl"}
     sections = "|".join(sorted({name.split(".")[0] for name in known if "." in name}))
     option = rf"(?<![\w./'\[-])((?:{sections})\.[a-z_]+)\b(?!\()"

@@ -137,7 +137,7 @@ def test_every_imported_library_is_a_dependency_of_our_own():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_algorithm_is_told_by_its_name(path):
     """A new one is a function and an entry in its table: no name is compared with a constant."""
-    from rlkl.run.build import TABLES
+    from rlkl.run.tables import TABLES
 
     names = {name for table in TABLES.values() for name in table}
     tree = ast.parse(path.read_text())

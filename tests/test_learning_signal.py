@@ -54,7 +54,7 @@ def test_after_five_steps_without_a_signal_there_is_one_warning_with_a_sample(ba
     out = output(capsys, base, f"reward=flat.py:{reward}", "optim.steps=12")
     assert out.count("no signal in the last 5 steps") == 1
     score = {"zero": "0", "same": "0.7"}[reward]
-    assert f"Mean scores: {score} to {score}" in out
+    assert f"The mean score was {score} in each step" in out
     assert repr(rows(Path("out"))[4]["sample"]["response"]) in out
 
 
@@ -154,9 +154,9 @@ def test_where_all_is_solved_the_warning_says_that_and_asks_no_questions():
     sample = {"prompt": "1+1=", "response": "2", "score": 1.0}
     said = learning_signal.warning([*learning, *solved], sample)
     assert "If everything is solved" in said
-    assert "task.chat" not in said
+    assert "chat template" not in said
     lost = [row | {"reward": 0.0} for row in solved]
-    assert "task.chat" in learning_signal.warning([*learning, *lost], sample)
+    assert "chat template" in learning_signal.warning([*learning, *lost], sample)
 
 
 def test_the_range_of_scores_leaves_out_responses_without_a_score():

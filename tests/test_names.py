@@ -99,7 +99,7 @@ def test_every_field_of_trl_is_in_the_table_once_with_its_default():
 
 
 def test_every_option_that_the_table_names_exists():
-    known = {row[0] for row in options({})} | {"loss", "advantage", "selector", "reward", "task"}
+    known = {row[0] for row in options()} | {"loss", "advantage", "selector", "reward", "task"}
     for key, table in TABLES.items():
         known |= {f"{key}.{o}" for function in table.values() for o in options_of(function)}
         known.add(f"{key}.name")

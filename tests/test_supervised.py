@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlkl import cli
 from rlkl.errors import UserError
 from rlkl.run import config, terminal
-from rlkl.run.build import TABLES
 from rlkl.run.log import RunLog
 from rlkl.supervised.data import (
     Item,
@@ -247,7 +246,7 @@ def test_help_lists_every_option_of_a_command_with_its_description(capsys, monke
     for command, schema in SCHEMAS.items():
         out = run(capsys, command, "--help")
         assert f"usage: rlkl {command} " in out
-        options = config.options(TABLES, schema)
+        options = config.options(schema)
         assert {"seed", "model.name"} <= {name for name, *_ in options}
         for name, _, _, description in options:
             assert description, name

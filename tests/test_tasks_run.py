@@ -19,8 +19,8 @@ import train
 from rlkl import cli
 from rlkl.plugins import resolve
 from rlkl.run import config
-from rlkl.run.build import TABLES
 from rlkl.run.evaluate import mean_grades
+from rlkl.run.tables import TABLES
 from rlkl.supervised.scratch import character_tokenizer
 from rlkl.tasks import TASKS
 

@@ -47,7 +47,7 @@ class Response(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    if help_printed(argv, "chat", USAGE, __doc__ or "", config.options({}, Chat)):
+    if help_printed(argv, "chat", USAGE, __doc__ or "", config.options(Chat)):
         return
     argv, only_prompt = take_prompt(argv)
     (path,), overrides = parse(argv, "chat", "RUN")

@@ -19,7 +19,7 @@ from rlkl.run.terminal import log_line
 
 
 def main(argv: list[str]) -> None:
-    if help_printed(argv, "export", "RUN OUT", __doc__ or "", config.options({}, Export)):
+    if help_printed(argv, "export", "RUN OUT", __doc__ or "", config.options(Export)):
         return
     (path, out), overrides = parse(argv, "export", "RUN OUT")
     run = find_run(path)

@@ -25,7 +25,7 @@ NOT_COMPARED = ("run", "resume", "log.", "checkpoint.")  # options that change n
 
 
 def main(argv: list[str]) -> None:
-    if help_printed(argv, "report", USAGE, __doc__ or "", config.options({}, Report)):
+    if help_printed(argv, "report", USAGE, __doc__ or "", config.options(Report)):
         return
     paths, overrides = parse(argv, "report", USAGE)
     options = config.load(overrides, schema=Report)

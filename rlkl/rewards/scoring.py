@@ -24,7 +24,7 @@ from rlkl.rewards.text import (
     load_task,
     score_in_worker,
     score_rows,
-    shorten,
+    short_repr,
 )
 from rlkl.types import Batch, Example
 
@@ -144,8 +144,8 @@ class Scoring:
             if kind not in self.shown:
                 self.shown.add(kind)
                 self.say(
-                    f"{name} {value}, for the response {shorten(row.response)} to "
-                    f"{shorten(row.example.prompt)}: it scores {self.failed:g}; rewards/failed "
+                    f"{name} {value}, for the response {short_repr(row.response)} to "
+                    f"{short_repr(row.example.prompt)}: it scores {self.failed:g}; rewards/failed "
                     "counts such responses"
                 )
 

@@ -257,7 +257,7 @@ def parse_value(value: Any) -> Value:
         parts = value if isinstance(value, dict) else {"score": value}
         numbers = {str(name): number(x) for name, x in parts.items() if x is not None}
     except Exception:  # reading an object may fail in any way
-        return f"gave no number but a {type(value).__name__}: {shorten(value)}"
+        return f"gave no number but a {type(value).__name__}: {short_repr(value)}"
     return numbers or None
 
 
@@ -277,7 +277,7 @@ def describe_error(error: BaseException) -> str:
     return f"raised {type(error).__name__}: {message[:200]!r}"
 
 
-def shorten(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A short repr of any object."""
     try:
         return reprlib.repr(value)

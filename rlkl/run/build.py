@@ -27,7 +27,6 @@ from rlkl.run.algorithm import Algorithm, resolve_algorithm
 from rlkl.run.dynamic_sampling import GenerateAndScore, with_dynamic_sampling
 from rlkl.run.schema import Chat, Config
 from rlkl.run.seeds import derive_seed, sample_examples
-from rlkl.run.tables import TABLES as TABLES
 from rlkl.run.terminal import console, log_line, note, note_few_heldout
 from rlkl.supervised.tiny import cached_base
 from rlkl.tasks import TASKS, Addition

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -267,7 +267,7 @@ def advice_on(key: str, tree: dict, schema: type) -> tuple[str, str]:
 
 def known_keys(tree: dict, schema: type) -> list[str]:
     """The keys of all options, those of the built-in functions that `tree` names among them."""
-    known = [row[0] for row in options({}, schema)]
+    known = [row[0] for row in options(schema)]
     for section, given in plugin_sections(tree):
         function = TABLES[section].get(str(given.get("name")))
         known += [f"{section}.{option}" for option in (options_of(function) if function else ())]
@@ -301,25 +301,20 @@ def first_leaf(key: str, value: Any) -> str:
     return key
 
 
-def options(
-    tables: Mapping[str, Mapping[str, Callable]], section: type = Config, prefix: str = ""
-) -> list[tuple[str, str, str, str]]:
-    """(key, type, default, description) of every option, for --help.
-
-    tables: the names that a plug-in option may have, by its key.
-    """
+def options(section: type = Config, prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """(key, type, default, description) of every option, for --help."""
     rows = []
     hints = get_type_hints(section)
     for f in fields(section):
         key = prefix + f.name
         kind = hints[f.name]
         if isinstance(kind, type) and is_dataclass(kind):
-            rows += options(tables, kind, f"{key}.")
+            rows += options(kind, f"{key}.")
             continue
         default = f.default if f.default_factory is MISSING else f.default_factory()
         value = default.get("name", default) if isinstance(default, dict) else default
         line = description(section, f.name)
-        if names := tables.get(key):
+        if names := TABLES.get(key):
             line += f": {', '.join(names)} or file.py:function"
         rows.append((key, shown_type(kind), shown_value(value), line))
     return rows

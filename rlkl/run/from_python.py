@@ -18,6 +18,11 @@ def train(config: Sequence[str], steps: int | None, options: dict[str, Any]) -> 
     """See `rlkl.train`. One process starts one run at a time."""
     if steps is not None:
         options = options | {"optim.steps": steps}
+    if not isinstance(options.get("model", ""), str | PathLike | dict):
+        raise UserError(
+            "rlkl.train(model=…) takes a hub name or a folder, and loads the model itself; "
+            "model.save_pretrained(FOLDER) and tokenizer.save_pretrained(FOLDER) write one"
+        )
     FROM_PYTHON.clear()
     options = {key: plain(value) for key, value in options.items()}
     arguments = [argument(x) for x in config]

@@ -87,7 +87,7 @@ def every_option(argv: Sequence[str], schema: type = Config) -> list[Row]:
     tree = config.overridden(config.defaults(schema), given, schema)
     chosen = [(key, str(section.get("name"))) for key, section in config.plugin_sections(tree)]
     rows: list[Row] = []
-    for key, kind, default, line in config.options(TABLES, schema):
+    for key, kind, default, line in config.options(schema):
         names = list(dict.fromkeys(name for chosen_key, name in chosen if chosen_key == key))
         here = f", here {' + '.join(names)}" if names and names != [default] else ""
         rows.append((key, kind, default + here, line))
