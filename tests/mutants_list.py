@@ -1083,7 +1083,11 @@ MUTANTS = [
         "(1 - B / A) ** C",
         "evaluate",
     ),
+    Mutant("run.evaluate", "graded_responses", "A >= 1", "A > 0", "evaluate"),
     Mutant("run.evaluate", "mean_grades", "sum(A[B] for A in C) / len(C)", "C[-1][B]", "tasks_run"),
+    # run.learning_signal, and a step without one
+    Mutant("run.learning_signal", "has_signal", "not A or bool(B)", "not A", "learning_signal"),
+    Mutant("run.algorithm", "only_advantages", "A and B and not C", "A and B", "learning_signal"),
     # run.metrics
     Mutant(
         "run.metrics",

@@ -45,6 +45,17 @@ def test_the_numbers_do_not_depend_on_how_many_rows_are_sampled_at_once(base):
     assert 0 < metrics["accuracy"] < 1, "numbers that could differ"
 
 
+def test_a_response_is_correct_if_its_score_is_at_least_1(base):
+    cfg = configuration(base)
+    models, _, data = build(cfg, train.generate_and_score)
+
+    def reward(examples, texts, batch):
+        return [0.9, 1.0, 1.5, None] * (len(texts) // 4), {}
+
+    metrics = evaluate(cfg, models, data.heldout._replace(reward=reward), samples=2)
+    assert metrics["accuracy"] == metrics["greedy"] == 0.5
+
+
 def test_held_out_prompts_too_few_to_mean_much_are_noted(base, capsys):
     build(configuration(base, "eval.prompts=20"), train.generate_and_score)
     (note,) = [line for line in capsys.readouterr().out.splitlines() if "held-out prompts" in line]
