@@ -66,7 +66,7 @@ EXAMPLES = (
     Example("tiny-rloo", "accuracy", 0.2, ("optim.steps=70",)),
     Example("tiny-lora", "accuracy", 0.1, ("optim.steps=60",)),
     Example("tiny-countdown", "accuracy", 0.2, ("optim.steps=60",)),
-    Example("tiny-gym", "accuracy", 0.08, ("optim.steps=40", "eval.prompts=200")),
+    Example("tiny-gym", "accuracy", 0.2, ("optim.steps=25", "eval.prompts=200")),
     Example("scratch-sft", "loss", -1.0, SMALL),
     Example("scratch-countdown", "accuracy", 0.05, SMALL_RL),
     Example("tiny-sft", "loss", -1.0),
