@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from matplotlib.figure import Figure
@@ -40,7 +41,7 @@ def main(folders: list[str]) -> None:
     for axes, panel in zip(figure.subplots(1, 2), PANELS, strict=True):
         for number, folder in enumerate(folders):
             name = run_name(Path(folder))
-            rows = read_rows(Path(folder) / "metrics.jsonl")
+            rows = rows_and_ends(Path(folder))
             for metric, style in panel.styles.items():
                 steps = [row["step"] for row in rows if metric in row]
                 values = [row[metric] for row in rows if metric in row]
@@ -52,6 +53,15 @@ def main(folders: list[str]) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig("docs/tiny.png", dpi=110)
+
+
+def rows_and_ends(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of each step, between the held-out accuracy before training and after it."""
+    rows = read_rows(folder / "metrics.jsonl")
+    heldout = json.loads((folder / "heldout.json").read_text(encoding="utf-8"))
+    before, after = (heldout[when]["accuracy"] for when in ("before", "after"))
+    first = {"step": 0, "eval/accuracy": before}
+    return [first, *rows, {"step": rows[-1]["step"], "eval/accuracy": after}]
 
 
 def run_name(folder: Path) -> str:

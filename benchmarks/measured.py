@@ -149,7 +149,7 @@ def preferences(rows: list[Row]) -> str:
 def lora(rows: list[Row]) -> str:
     """Held-out accuracy after training all weights, and after training a LoRA adapter."""
     results = {
-        "all weights, lr 3e-4": row(rows, "tiny-grpo"),
+        "all weights, lr 5e-4": row(rows, "tiny-grpo"),
         "LoRA, r = 16, and the last norm, lr 3e-3": row(rows, "tiny-lora"),
         "the same, another seed": row(rows, "tiny-lora", "seed=1"),
         "the same, lr 1e-3": row(rows, "tiny-lora", "optim.lr=1e-3"),

@@ -30,7 +30,9 @@ def rlkl(wheel, tmp_path_factory) -> Path:
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q"]
-    subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True)
+    # An rlkl.egg-info on PYTHONPATH, left by an older install, would count as installed.
+    environment = {k: x for k, x in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True, env=environment)
     (packages,) = (folder / "lib").glob("python*/site-packages")
     (packages / "libraries.pth").write_text(sysconfig.get_path("purelib"))  # not its .pth files
     return folder / "bin" / "rlkl"
