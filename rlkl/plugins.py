@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -107,7 +108,7 @@ def from_file(name: str, table: Mapping[str, Callable], key: str) -> Callable[..
         if name not in FROM_PYTHON:
             raise UserError(
                 f"{key}.name={name!r}: {attribute} was given to rlkl.train as a function and is in "
-                "no file: give it to rlkl.train again"
+                f"no file: give it to rlkl.train again, or name a file: {key}=file.py:{attribute}"
             )
         return FROM_PYTHON[name]
     try:
@@ -149,8 +150,10 @@ def is_given(name: str) -> bool:
 
 
 def load_module(where: str) -> Any:
-    """Import `file.py`, or `package.module`."""
+    """Import `file.py`, or `package.module`, which may lie in the working directory."""
     if not where.endswith(".py"):
+        if os.getcwd() not in sys.path:  # it is there for `python -m rlkl`, not for `rlkl`
+            sys.path.insert(0, os.getcwd())
         return importlib.import_module(where)
     unique = f"{Path(where).stem}@{Path(where).resolve()}"  # a name that no import can have
     spec: Any = importlib.util.spec_from_file_location(unique, where)

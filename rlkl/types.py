@@ -33,7 +33,8 @@ class Example:
     @property
     def solution(self) -> str:
         """A complete correct response: `info["solution"]` where the bare answer is not one."""
-        return self.info.get("solution", self.answer)
+        solution = self.info.get("solution")  # a column of this name may hold a number
+        return solution if isinstance(solution, str) else self.answer
 
 
 class Head(NamedTuple):

@@ -120,5 +120,6 @@ def test_options_that_are_not_read_or_do_not_exist_are_refused(refused):
         "eval.samples=0": "eval.samples=0",
         "device=bogus": "device='bogus': choose auto",
         "task=nope": "task.name='nope': choose addition",
+        "reward=repetition": "rlkl eval reads reward only where the task has no answers",
     }.items():
         assert refused("eval", "runs/ppo", override).startswith(message)

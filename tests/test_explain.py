@@ -280,7 +280,7 @@ SHIPPED = {
     "tiny-gym": {  # a second round of sampling, at most
         "updates": 4,
         "resample_rounds": 1,
-        **tokens_of(27, 2 * 384 * 4, 2 * 384 * 31, 384 * 31),
+        **tokens_of(18, 2 * 384 * 4, 2 * 384 * 22, 384 * 22),
     },
     "tiny-lora": {"updates": 4, **TINY},
     "tiny-ppo": {"updates": 2, **tokens_of(6, 512 * 6, 2 * 512 * 12, 512 * 12)},

@@ -136,6 +136,10 @@ def test_a_mistake_is_an_error_of_one_line_without_the_ones_that_led_to_it(base)
         rlkl.train(*small(base), loss=lambda new, batch: new.logprobs)
     with pytest.raises(UserError, match=r"unknown key optim\.step"):
         rlkl.train(*small(base), optim={"step": 1})
+    with pytest.raises(UserError, match=r"^reward=\{'name': 'clipped', 'weight': 'a'\}: weight"):
+        rlkl.train(*small(base), reward={"name": clipped, "weight": "a"})
+    with pytest.raises(UserError, match=r"^resume=nope: no run folder"):
+        rlkl.train(resume="nope")
     with pytest.raises(UserError, match=r"takes a hub name or a folder.*save_pretrained"):
         rlkl.train(*small(base), model=torch.nn.Linear(1, 1))
 

@@ -375,7 +375,7 @@ def test_a_mistake_in_the_file_is_one_line(trl_file, capsys, text, words):
 
 def test_a_missing_file_is_one_line(trl_file, capsys):
     for argv, words in (
-        (["--trl", "nope.yaml"], "nope.yaml: no such config file"),
+        (["--trl", "nope.yaml"], "error: --trl nope.yaml: no such file"),
         (["--trl"], "--trl needs the YAML file"),
     ):
         assert cli.main(["explain", *argv]) == 2

@@ -40,6 +40,8 @@ def test_an_unknown_key_of_trl_or_verl_is_answered_with_what_to_write_here():
         "beta=0.04": "TRL's beta is kl_ref.coef here: with kl_ref.place=loss",
         "train_dataset=x": "TRL's train_dataset is task here: {name: datasets, path: …}",
         "peft_config=x": "TRL's peft_config is lora.r here",
+        "chat_template_kwargs={enable_thinking: 0}": "chat_template_kwargs is chat.template here",
+        "model_init_kwargs={dtype: auto}": "TRL's model_init_kwargs has no counterpart here: only",
         "callbacks=[]": "TRL's callbacks has no counterpart here: the rows of a run",
         "learning_rate=1e-6": "TRL's learning_rate is optim.lr here",
         "optim.learning_rate=1e-6": "TRL's learning_rate is optim.lr here",

@@ -48,6 +48,31 @@ def test_arguments_that_no_reward_has_are_refused_with_those_that_one_has(tmp_pa
         load(f"def f({arguments}):\n    return 0.0\n", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    ["prompt, response", "response, example", "response", "response, solution", "a, reply"],
+)
+def test_a_plain_reward_is_called_by_position_so_its_names_must_be_in_order(tmp_path, arguments):
+    with pytest.raises(UserError, match=r"are those of no reward: name them \(example, response\)"):
+        load(f"def f({arguments}):\n    return 0.0\n", tmp_path)
+
+
+def test_where_no_row_has_an_answer_a_trl_function_cannot_read_one(tmp_path):
+    rows = [Row(Example("1+1=", info={"solution": 2}), "", [1])]
+    message = r"^the reward f needs 'answer'; there is solution, prompts, completions"
+    with pytest.raises(UserError, match=message):
+        values("def f(completions, answer):\n    return [1.0]\n", tmp_path, rows)
+
+
+def test_the_logging_of_trl_does_nothing(tmp_path):
+    source = (
+        "def f(completions, log_extra, log_metric, **kwargs):\n"
+        "    log_extra('text', completions)\n    log_metric('mean', 1.0)\n"
+        "    return [1.0 for _ in completions]\n"
+    )
+    assert numbers(source, tmp_path) == [1.0, 1.0]
+
+
 def test_a_reward_of_three_arguments_and_options_takes_the_batch(tmp_path):
     for arguments in ("examples, responses, batch", "a, b, c, *, size", "*args"):
         assert load(f"def f({arguments}):\n    return 0.0\n", tmp_path, size=1) is None
@@ -64,6 +89,7 @@ def test_a_trl_function_is_called_once_by_keyword_with_the_columns_of_the_datase
         "    assert len(CALLS) == 1\n"
         "    assert prompts == ['1+1=', '2+2='] and completions == ['2', 'five']\n"
         "    assert completion_ids == [[7, 1], [8, 8, 1]]\n"
+        "    assert kwargs.pop('log_extra') == kwargs.pop('log_metric')\n"
         "    assert kwargs == {'ground_truth': ['two', None]}\n"
         "    assert (trainer_state.global_step, trainer_state.max_steps) == (3, 10)\n"
         "    return [float(a == c) + 10 * x for a, c, x in zip(answer, completions, level)]\n"

@@ -76,7 +76,9 @@ def test_a_reward_reads_the_answer_by_the_name_of_its_column(tmp_path):
     task = Hub("train", path=str(path), answer="solution", heldout=0.0)
     assert (task[0].answer, task[0].info) == ("4", {"solution": 4})
     assert columns([task[0]]) == {"answer": ["4"], "solution": [4]}
+    assert task[0].solution == "4", "what is learned is text"
     task = Hub("train", path=str(path), heldout=0.0)
+    assert columns([task[0]]) == {"solution": [4]}, "and no answer that is never right"
     assert (task[0].prompt, task[0].answer, task[0].info) == ("2+2?", "", {"solution": 4})
     with pytest.raises(UserError, match=r"no answer.*reward=file.py:function.*task.answer=COLUMN"):
         task.score(task[0], "")

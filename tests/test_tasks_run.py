@@ -137,11 +137,12 @@ def test_where_rows_have_no_answers_the_reward_grades_held_out_responses_too(
     )
     folder = train_on(*data, "reward=mine.py:odd", "scoring.processes=0")
     assert 0 < rows(folder)[0]["eval/accuracy"] < 1, "a number that could be another"
-    Path("mine.py").unlink()  # the run folder has a copy
-    assert cli.main(["eval", "out"]) == 0
     before_after = json.loads(Path("out/heldout.json").read_text())
-    evaluated = json.loads(Path("out/eval-1.json").read_text())
-    assert {name: evaluated[name] for name in before_after} == before_after
+    Path("mine.py").rename("moved.py")  # the run folder has a copy
+    for number, options in ((1, []), (2, ["reward=moved.py:odd"])):
+        assert cli.main(["eval", "out", *options]) == 0
+        evaluated = json.loads(Path(f"out/eval-{number}.json").read_text())
+        assert {name: evaluated[name] for name in before_after} == before_after
     capsys.readouterr()
     assert cli.main(["sft", *data, f"model.name={chat_model}"]) == 2
     assert "rlkl sft learns answers" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,8 +44,8 @@ from rlkl.run.terminal import log_before_after, log_line
 from rlkl.tasks import TASKS
 from rlkl.tasks.jsonl import has_answers
 
-# The options, and sections, that an evaluation reads. It samples at most prompts * group_size
-# rows at once, but all samples of a prompt together.
+# The options, and sections, that an evaluation reads; `reward` where the task has no answers. It
+# samples at most prompts * group_size rows at once, but all samples of a prompt together.
 READ = (
     "eval.prompts",
     "eval.samples",
@@ -57,6 +58,7 @@ READ = (
     "sampling.group_size",
     "task",
     "chat",
+    "reward",
     "scoring",
     "model.dtype",
     "device",
@@ -81,7 +83,12 @@ def main(argv: list[str]) -> None:
     step = config.load(step_overrides, schema=OfCheckpoint).step
     cfg = evaluation_config(run, [x for x in overrides if x not in step_overrides])
     folder = find_checkpoint(run, step)
-    before, after, count = evaluate_both(cfg, folder, pick_device(cfg.device))
+    task = resolve(cfg.task, TASKS, "task")("heldout")
+    if has_answers(task):
+        if any(x.startswith("reward") for x in overrides):
+            raise UserError("rlkl eval reads reward only where the task has no answers to score by")
+        cfg = replace(cfg, reward=None)  # it is not read, and may be a model that is gone
+    before, after, count = evaluate_both(cfg, task, folder, pick_device(cfg.device))
     log_before_after(
         before,
         after,
@@ -126,18 +133,15 @@ def evaluation_config(run: Run, overrides: list[str]) -> Config:
 
 
 def evaluate_both(
-    cfg: Config, folder: Path, device: torch.device
+    cfg: Config, task: Any, folder: Path, device: torch.device
 ) -> tuple[dict[str, float], dict[str, float], int]:
     """The held-out metrics before training and of the checkpoint, and the number of prompts."""
     sampler = build_sampler(cfg.sampling.backend)
-    task = resolve(cfg.task, TASKS, "task")("heldout")
-    if has_answers(task):
-        cfg = replace(cfg, reward=None)  # it is not read, and may be a model that is gone
-    tokenizer, before, after = load_policies(cfg, folder, device)
-    examples = heldout_examples(cfg, before, tokenizer, task)
     metrics = []
     with build_scoring(cfg, steps=1) as scoring:
         _, reward, grade = build_reward(cfg, task, scoring, device)
+        tokenizer, before, after = load_policies(cfg, folder, device)
+        examples = heldout_examples(cfg, before, tokenizer, task)
         heldout = Heldout(examples, reward, grade)
         for policy in (before, after):
             params = sampling_params(policy, tokenizer, cfg.eval.temperature)

@@ -71,6 +71,8 @@ def translated(file: str, overrides: list[str]) -> Config:
 
     What is not an option is a comment. Raises UserError where the file cannot be translated.
     """
+    if not Path(file).is_file():
+        raise UserError(f"--trl {file}: no such file")
     translation = translate(config.read_yaml(Path(file)), file)
     tree: dict = {}
     for key, value in translation.options.items():

@@ -2,7 +2,7 @@
 
     plain   score(example, response) -> float | {part: float} | None, like the score of a task
     TRL     f(prompts, completions, completion_ids, trainer_state, **columns) -> [float | None],
-            one call for all responses
+            one call for all responses; log_extra and log_metric are there, and do nothing
     verl    compute_score(data_source, solution_str, ground_truth, extra_info=None)
             -> float | {"score": float}
 
@@ -69,6 +69,8 @@ def call_trl(
         "completions": completions,
         "completion_ids": [row.ids for row in rows],
         "trainer_state": trainer_state,
+        "log_extra": no_log,
+        "log_metric": no_log,
     }
     values = call(function, **accepted_arguments(function, arguments))
     if not isinstance(values, Sequence) and not hasattr(values, "tolist"):
@@ -77,6 +79,10 @@ def call_trl(
     if len(values) != len(rows):
         raise ValueError(f"it gave {len(values)} scores for {len(rows)} completions")
     return values
+
+
+def no_log(*args: Any) -> None:
+    """TRL's log_extra and log_metric."""
 
 
 def call_verl(
@@ -113,6 +119,7 @@ STYLES = {  # a parameter that only this style has → how it is called, and whe
 ARGUMENTS = {  # what the three styles pass, beside the columns of the dataset; the rest are options
     *("example", "response", "reply"),
     *("prompts", "completions", "completion_ids", "trainer_state", "answer"),
+    *("log_extra", "log_metric"),
     *("data_source", "solution_str", "ground_truth", "extra_info"),
 }
 
@@ -132,12 +139,14 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
     """The dataset's columns as TRL passes them: the answer and the keys of Example.info.
 
-    One value per response, None where an example does not have the key.
+    One value per response, None where an example does not have the key. Without `answer` where no
+    example has one.
     """
     keys = dict.fromkeys(key for e in examples for key in e.info)
     names = [key for key in keys if key not in ("prompt", "completion")]
     by_name = {name: [e.info.get(name) for e in examples] for name in names}
-    return {"answer": [e.answer for e in examples]} | by_name
+    answers = [e.answer for e in examples]
+    return ({"answer": answers} if any(answers) else {}) | by_name
 
 
 def accepted_arguments(function: functools.partial, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,12 +158,19 @@ def accepted_arguments(function: functools.partial, arguments: Mapping[str, Any]
     for p in parameters:
         required = p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         if required and p.name not in arguments and p.name not in function.keywords:
-            raise UserError(f"it needs {p.name!r}; there is {', '.join(arguments)}")
+            raise UserError(
+                f"the reward {name_of(function)} needs {p.name!r}; there is {', '.join(arguments)}"
+            )
     names = {p.name for p in parameters}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         names |= arguments.keys()
     names -= function.keywords.keys()
     return {name: x for name, x in arguments.items() if name in names}
+
+
+def name_of(function: functools.partial) -> str:
+    """The name of a reward whose options are bound."""
+    return getattr(function.func, "__name__", type(function.func).__name__)
 
 
 # ------------------------------------------------------------------ loading
@@ -168,8 +184,8 @@ def load_reward(spec: Mapping[str, Any]) -> TextReward | None:
     name = str(spec["name"])
     function = from_file(name, {}, "reward")
     style = style_of(function)
+    check_arguments(name, function, style and style[0])
     if style is None:
-        require_batch_reward(name, function)
         return None
     resolved = resolve(spec, {name: options_only(function)}, "reward")
     # Only what is set is bound: an argument with a default may also be a column of the dataset.
@@ -177,20 +193,35 @@ def load_reward(spec: Mapping[str, Any]) -> TextReward | None:
     return TextReward(functools.partial(resolved.func, **options), *style)
 
 
-def require_batch_reward(name: str, function: Callable[..., Any]) -> None:
-    """UserError where a reward of no text style cannot be one that takes the Batch either."""
+def check_arguments(name: str, function: Callable[..., Any], call: Callable | None) -> None:
+    """UserError where a reward that is called by position has other arguments.
+
+    call: that of its style; None for a reward that takes the Batch.
+    """
     parameters = inspect.signature(function).parameters
     options = options_of(function)
-    try:
-        positional = [p for p in parameters.values() if p.name not in options]
-        inspect.Signature(positional).bind("examples", "responses", "batch")
-    except TypeError as error:
+    positional = [p for p in parameters.values() if p.name not in options]
+    if call is call_plain:
+        names = [p.name for p in positional[:2]]
+        fits = names in (["example", "response"], ["example", "reply"]) and takes(positional, 2)
+    else:
+        fits = call is not None or takes(positional, 3)
+    if not fits:
         raise UserError(
             f"reward.name={name}: its arguments ({', '.join(parameters)}) are those of no reward: "
             "name them (example, response); or (completions, …) with columns of the dataset, as in "
             "TRL; or (data_source, solution_str, ground_truth), as in verl; or (examples, "
             "responses, batch)"
-        ) from error
+        )
+
+
+def takes(parameters: Sequence[inspect.Parameter], count: int) -> bool:
+    """May a function with these parameters be called with `count` positional arguments?"""
+    try:
+        inspect.Signature(parameters).bind(*range(count))
+    except TypeError:
+        return False
+    return True
 
 
 def load_task(spec: Mapping[str, Any]) -> TextReward:

@@ -141,13 +141,16 @@ def read_yaml(path: Path, schema: type = Config) -> dict:
 
 
 def shipped_names(schema: type) -> list[str]:
-    """The shipped configurations that have no other sections than `schema` has."""
-    sections = {f.name for f in fields(schema)}
-    return [
-        name
-        for name, path in shipped_configs().items()
-        if parse_yaml(path.read_bytes(), str(path)).keys() <= sections
-    ]
+    """The shipped configurations that are valid for `schema`."""
+    names = []
+    for name, path in shipped_configs().items():
+        tree = parse_yaml(path.read_bytes(), str(path))
+        try:
+            build(merge(defaults(schema), tree), schema)
+        except UserError:
+            continue
+        names.append(name)
+    return names
 
 
 def parse_yaml(text: str | bytes, where: str) -> Any:
@@ -284,6 +287,7 @@ def first_mistake(error: ValidationError, tree: dict, schema: type = Config) -> 
         for key in mistake["loc"][:-1]:
             section = get_type_hints(section).get(str(key), section)
         here, meant = advice_on(first_leaf(where, mistake["input"]), tree, schema)
+        here = here or advice_on(where, tree, schema)[0]
         if here:
             return f"unknown key {where}; {here}"
         there_is = ", ".join(f.name for f in fields(section))

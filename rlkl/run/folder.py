@@ -52,7 +52,10 @@ def configure_resumed(
     folder: str, argv: Sequence[str], options: Mapping[str, Any] | None = None
 ) -> Config:
     """The configuration of the run in `folder`, in which steps and logging may be changed."""
-    tree = config.read_yaml(Path(folder) / "config.yaml")
+    file = Path(folder) / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"resume={folder}: no run folder: it has no config.yaml")
+    tree = config.read_yaml(file)
     try:
         saved = config.build(tree)
     except UserError as error:

@@ -32,8 +32,8 @@ def train(config: Sequence[str], steps: int | None, options: dict[str, Any]) -> 
     try:
         return trainer().train(configure(arguments, options), f"rlkl.train({', '.join(shown)})")
     except UserError as error:  # without the exceptions that it came from
-        message = re.sub(rf"(?:\.name(=)'?)?{PYTHON}:(\w+)'?", r"\1\2", str(error))
-        error.args = (message,)
+        message = re.sub(rf"\.name=('?){PYTHON}:(\w+)\1", r"=\2", str(error))
+        error.args = (message.replace(f"{PYTHON}:", ""),)
         raise error.with_traceback(None) from None
 
 

@@ -13,8 +13,8 @@ from rlkl.types import Example
 
 NO_ANSWERS = (
     "the task's rows have no answer, so a response can only be scored by a reward: give one "
-    "(reward=file.py:function), or name the column that has the answer (task.answer=COLUMN of "
-    "task=datasets)"
+    "(reward=file.py:function, or from Python a function), or name the column that has the answer "
+    "(task.answer=COLUMN of task=datasets)"
 )
 
 
@@ -64,9 +64,11 @@ def parse(row: dict, where: str, has_answers: bool = True) -> Example:
         row["answer"] = response_text(row.pop("completion"), f"{where}: completion")
     needs = ("prompt", "answer") if has_answers else ("prompt",)
     if missing := [name for name in needs if name not in row]:
+        others = ", though other rows have one" if missing[0] == "answer" else ""
         raise UserError(
-            f"{where}: the row has no {missing[0]!r}; it needs prompt and answer, prompt and "
-            "completion, or messages"
+            f"{where}: the row has no {missing[0]!r}{others}; a row has prompt and answer, prompt "
+            "and completion, messages, or, where a reward scores, prompt alone. Other names are "
+            "given by task=datasets task.prompt=NAME"
         )
     prompt = row.pop("prompt")
     answer = row.pop("answer", "")
