@@ -22,7 +22,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ import torch
 from benchmarks.examples import ROOT, execute, reason, shown
 from benchmarks.machine import processor
 from benchmarks.pages import fill, table
+from benchmarks.parallel import as_they_end
 from rlkl.run import config
 from rlkl.run import folder as runs
 from rlkl.run.terminal import console
@@ -207,13 +208,7 @@ def results(missing: Sequence[Run], processes: int) -> Iterator[Row]:
         yield from map(measure, missing)
         return
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(measure, run) for run in missing]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # do not begin the others
-            raise
+        yield from as_they_end(pool, measure, missing)
 
 
 def measure_all(only: str, processes: int) -> list[Row]:

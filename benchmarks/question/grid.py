@@ -16,12 +16,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
 import train
+from benchmarks.parallel import as_they_end
 from benchmarks.question.arms import CONFIG, SEEDS, Arm, grid, quick
 from benchmarks.question.grammar import PROMPT, Grammar
 from benchmarks.question.prepare import BASE, REWARD, prepare
@@ -148,13 +149,7 @@ def results(arms: Sequence[Arm], processes: int) -> Iterator[dict]:
         yield from map(run, arms)
         return
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(run, arm) for arm in arms]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # do not begin the others
-            raise
+        yield from as_they_end(pool, run, arms)
 
 
 def measure_all(arms: Iterable[Arm], out: Path, processes: int) -> list[dict]:

@@ -20,12 +20,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.machine import processor
 from benchmarks.pages import fill
+from benchmarks.parallel import as_they_end
 from benchmarks.real.model import LINK, prepare
 from benchmarks.real.page import PAGES, sections
 from rlkl.cli.report import summarise
@@ -95,7 +96,7 @@ COMPARED = ("replies", "replies-kl-low", "replies-kl-off")  # what `rlkl report`
 # ------------------------------------------------------------------ running
 
 
-def start(run: Run) -> None:
+def start(run: Run) -> Run:
     """Train one run in a process of one thread. UserError with its last line if it fails."""
     shutil.rmtree(run.folder, ignore_errors=True)  # left by a run that was stopped
     began = time.monotonic()
@@ -111,19 +112,13 @@ def start(run: Run) -> None:
         raise UserError(f"python train.py {' '.join(run.arguments)}: {reason}")
     minutes = round((time.monotonic() - began) / 60, 1)
     (run.folder / "minutes.json").write_text(json.dumps(minutes), encoding="utf-8")
+    return run
 
 
 def start_all(runs: Sequence[Run], processes: int) -> Iterator[Run]:
     """Each run when it is done; `processes` of them at a time."""
     with ThreadPoolExecutor(processes) as pool:
-        futures = {pool.submit(start, run): run for run in runs}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                yield futures[future]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # do not begin the others
-            raise
+        yield from as_they_end(pool, start, runs)
 
 
 # ------------------------------------------------------------------ results
