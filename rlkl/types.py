@@ -29,6 +29,7 @@ class Example:
     prompt: str | list[dict]  # raw text, or chat messages for the tokenizer's template
     answer: str = ""
     info: dict = field(default_factory=dict)
+    has_answer: bool = True  # False: the data has only prompts
 
     @property
     def solution(self) -> str:

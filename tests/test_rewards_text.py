@@ -4,6 +4,7 @@ Whatever a function gives or raises becomes a value, and costs no other response
 """
 
 import math
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -58,16 +59,18 @@ def test_a_plain_reward_is_called_by_position_so_its_names_must_be_in_order(tmp_
 
 
 def test_where_no_row_has_an_answer_a_trl_function_cannot_read_one(tmp_path):
-    rows = [Row(Example("1+1=", info={"solution": 2}), "", [1])]
+    rows = [Row(Example("1+1=", "", {"solution": 2}, has_answer=False), "", [1])]
     message = r"^the reward f needs 'answer'; there is solution, prompts, completions"
     with pytest.raises(UserError, match=message):
         values("def f(completions, answer):\n    return [1.0]\n", tmp_path, rows)
+    rows = [Row(Example("1+1=", ""), "", [1])]  # an empty answer is one
+    assert numbers("def f(completions, answer):\n    return [1.0]\n", tmp_path, rows) == [1.0]
 
 
 def test_the_logging_of_trl_does_nothing(tmp_path):
     source = (
         "def f(completions, log_extra, log_metric, **kwargs):\n"
-        "    log_extra('text', completions)\n    log_metric('mean', 1.0)\n"
+        "    log_extra('text', completions)\n    log_metric(name='mean', value=1.0)\n"
         "    return [1.0 for _ in completions]\n"
     )
     assert numbers(source, tmp_path) == [1.0, 1.0]
@@ -76,6 +79,14 @@ def test_the_logging_of_trl_does_nothing(tmp_path):
 def test_a_reward_of_three_arguments_and_options_takes_the_batch(tmp_path):
     for arguments in ("examples, responses, batch", "a, b, c, *, size", "*args"):
         assert load(f"def f({arguments}):\n    return 0.0\n", tmp_path, size=1) is None
+
+
+def test_a_module_in_the_working_directory_is_found(tmp_path, monkeypatch):
+    """Also by the command `rlkl`, which does not put that directory on sys.path."""
+    (tmp_path / "my_module_of_rewards.py").write_text("def f(example, response):\n    return 0.0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [x for x in sys.path if x not in ("", str(tmp_path))])
+    assert load_reward({"name": "my_module_of_rewards:f"}) is not None
 
 
 # ------------------------------------------------------------------ TRL

@@ -189,9 +189,15 @@ def test_jsonl_reads_the_rows_of_trls_sft(tmp_path):
 def test_jsonl_of_prompts_alone_has_no_score_of_its_own(tmp_path):
     rows = [{"prompt": "p", "level": 3}, {"prompt": "q"}]
     task = Jsonl("train", path=write(tmp_path / "d.jsonl", rows), heldout=0.0)
-    assert [task[0], task[1]] == [Example("p", "", {"level": 3}), Example("q")]
+    assert [task[0], task[1]] == [
+        Example("p", "", {"level": 3}, has_answer=False),
+        Example("q", has_answer=False),
+    ]
     with pytest.raises(UserError, match=r"rows have no answer.*reward=file.py:function"):
         task.score(task[0], "")
+    chat = [{"prompt": "p", "messages": [{"role": "user", "content": "p"}]}]  # as in ultrachat
+    task = Jsonl("train", path=write(tmp_path / "d.jsonl", chat), heldout=0.0)
+    assert not task[0].has_answer
     write(tmp_path / "d.jsonl", [*rows, {"prompt": "r", "answer": "1"}])
     with pytest.raises(UserError, match=r"d.jsonl:1: the row has no 'answer'"):
         Jsonl("train", path=str(tmp_path / "d.jsonl"))

@@ -139,13 +139,40 @@ def test_where_rows_have_no_answers_the_reward_grades_held_out_responses_too(
     assert 0 < rows(folder)[0]["eval/accuracy"] < 1, "a number that could be another"
     before_after = json.loads(Path("out/heldout.json").read_text())
     Path("mine.py").rename("moved.py")  # the run folder has a copy
-    for number, options in ((1, []), (2, ["reward=moved.py:odd"])):
+    assert cli.main(["eval", "out"]) == 0
+    evaluated = json.loads(Path("out/eval-1.json").read_text())
+    assert {name: evaluated[name] for name in before_after} == before_after
+    with Path("moved.py").open("a") as file:
+        file.write("def right(example, response, *, by: float = 0.5):\n    return by\n")
+    for options, accuracy in (
+        (["reward=moved.py:right"], 0),
+        (["reward.name=moved.py:right", "reward.by=1"], 1),
+    ):
         assert cli.main(["eval", "out", *options]) == 0
-        evaluated = json.loads(Path(f"out/eval-{number}.json").read_text())
-        assert {name: evaluated[name] for name in before_after} == before_after
+        evaluated = json.loads(max(Path("out").glob("eval-*.json")).read_text())
+        assert evaluated["after"]["accuracy"] == accuracy
     capsys.readouterr()
     assert cli.main(["sft", *data, f"model.name={chat_model}"]) == 2
     assert "rlkl sft learns answers" in capsys.readouterr().err
+
+
+def test_a_task_of_ones_own_may_have_only_prompts(train_on, chat_model, capsys):
+    Path("mine.py").write_text(
+        "from rlkl.types import Example\n\n"
+        "class Prompts:\n"
+        "    def __init__(self, split):\n        self.first = 40 if split == 'heldout' else 0\n"
+        "    def __len__(self):\n        return 30\n"
+        "    def __getitem__(self, i):\n"
+        "        return Example(f'{self.first + i}:', has_answer=False)\n"
+        "def odd(example, response):\n    return float(sum(map(ord, response)) % 2)\n"
+    )
+    for options in ([], ["reward=[mine.py:odd, task]"]):
+        arguments = (f"model.name={chat_model}", "task=mine.py:Prompts", *SMALL, *options)
+        assert "the task's rows have no answer" in train_error(capsys, *arguments)
+    assert cli.main(["label", "task=mine.py:Prompts", f"model.name={chat_model}"]) == 2
+    assert "the task's rows have no answer" in capsys.readouterr().err
+    folder = train_on("task=mine.py:Prompts", "reward=mine.py:odd")
+    assert 0 <= rows(folder)[0]["eval/accuracy"] <= 1
 
 
 def test_a_grade_that_raises_is_one_line(train_on, chat_model, capsys):

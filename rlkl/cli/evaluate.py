@@ -36,13 +36,14 @@ from rlkl.run.build import (
     build_scoring,
     heldout_examples,
     pick_device,
+    sections_of,
 )
 from rlkl.run.evaluate import evaluate
 from rlkl.run.help import every_option
 from rlkl.run.schema import Config
 from rlkl.run.terminal import log_before_after, log_line
 from rlkl.tasks import TASKS
-from rlkl.tasks.jsonl import has_answers
+from rlkl.tasks.answers import has_answers
 
 # The options, and sections, that an evaluation reads; `reward` where the task has no answers. It
 # samples at most prompts * group_size rows at once, but all samples of a prompt together.
@@ -117,11 +118,10 @@ def evaluation_config(run: Run, overrides: list[str]) -> Config:
 
     Raises UserError on an override that an evaluation does not read.
     """
-    reward = run.cfg.reward
-    parts = reward if isinstance(reward, list) else [reward] if reward else []
+    reward = [saved_plugin(run, section) for section in sections_of(run.cfg.reward)]
     plugins = {
         "task": saved_plugin(run, run.cfg.task),
-        "reward": [saved_plugin(run, part) for part in parts] or None,
+        "reward": reward if isinstance(run.cfg.reward, list) else next(iter(reward), None),
         "sampling": {"backend": saved_plugin(run, run.cfg.sampling.backend)},
     }
     tree = config.merge(config.merge(run.tree, OFF), plugins)

@@ -27,6 +27,8 @@ from rlkl.run.build import (
     filter_by_length,
     model_name,
     pick_device,
+    require_answers,
+    sections_of,
     task_functions,
 )
 from rlkl.run.schema import Chat
@@ -55,6 +57,7 @@ def main(argv: list[str]) -> None:
         )
     device = pick_device(cfg.device)
     task = resolve(cfg.task, TASKS, "task")("train")
+    require_answers(task, sections_of(cfg.reward))
     with build_scoring(cfg, steps=1) as scoring:
         reward, _ = task_functions(cfg, task, scoring)
         if cfg.reward:

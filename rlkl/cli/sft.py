@@ -23,7 +23,7 @@ from rlkl.supervised.fit import count_response_tokens, cross_entropy, fit
 from rlkl.supervised.schema import SFTConfig
 from rlkl.supervised.scratch import make_scratch
 from rlkl.tasks import TASKS
-from rlkl.tasks.jsonl import has_answers
+from rlkl.tasks.answers import has_answers
 
 
 def main(argv: list[str]) -> None:

@@ -81,7 +81,7 @@ def call_trl(
     return values
 
 
-def no_log(*args: Any) -> None:
+def no_log(*args: Any, **kwargs: Any) -> None:
     """TRL's log_extra and log_metric."""
 
 
@@ -146,7 +146,7 @@ def columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
     names = [key for key in keys if key not in ("prompt", "completion")]
     by_name = {name: [e.info.get(name) for e in examples] for name in names}
     answers = [e.answer for e in examples]
-    return ({"answer": answers} if any(answers) else {}) | by_name
+    return ({"answer": answers} if any(e.has_answer for e in examples) else {}) | by_name
 
 
 def accepted_arguments(function: functools.partial, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from rlkl.run.seeds import derive_seed, sample_examples
 from rlkl.run.terminal import console, log_line, note, note_few_heldout
 from rlkl.supervised.tiny import cached_base
 from rlkl.tasks import TASKS, Addition
-from rlkl.tasks.jsonl import NO_ANSWERS, has_answers
+from rlkl.tasks.answers import NO_ANSWERS, has_answers
 from rlkl.types import Batch, Example, SamplingParams
 
 
@@ -220,27 +220,44 @@ def build_reward(
     Held-out responses have the score of the task, whatever is trained on. Rows without answers have
     none: there it is the reward of the run. Raises UserError where that is not given either.
     """
+    sections = sections_of(cfg.reward)
+    require_answers(task, sections)
     reward, grade = task_functions(cfg, task, scoring)
     heldout_reward = reward
-    if cfg.reward:
-        sections = cfg.reward if isinstance(cfg.reward, list) else [cfg.reward]
+    if sections:
         reward = assemble(sections, reward, scoring)
         try_rewards(sections, device)
     if not has_answers(task):
         heldout_reward = reward
-        if not cfg.reward:
-            raise UserError(NO_ANSWERS)
     if cfg.overlong.buffer:
         room = cfg.sampling.max_new_tokens
         reward = with_overlong(reward, room, cfg.overlong.buffer, cfg.overlong.coef)
     return reward, heldout_reward, grade
 
 
+def sections_of(reward: dict[str, Any] | list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    """The sections of `reward:`, of which there may be none, one, or a list."""
+    return reward if isinstance(reward, list) else [reward] if reward else []
+
+
+def require_answers(task: Any, sections: list[dict[str, Any]]) -> None:
+    """UserError where the task is to score, and its rows have no answers."""
+    is_to_score = not sections or any(section["name"] == "task" for section in sections)
+    if is_to_score and not has_answers(task):
+        raise UserError(NO_ANSWERS)
+
+
 def task_functions(cfg: Any, task: Any, scoring: Scoring) -> tuple[Reward, Grade]:
     """The task's score as a reward, and its `grade`: {} where it has none."""
-    is_built_in = cfg.task["name"] in TASKS
-    reward = from_task(task.score) if is_built_in else scoring.task(cfg.task, task.score)
+    score = task.score if has_answers(task) else no_score
+    is_built_in = cfg.task["name"] in TASKS or not has_answers(task)
+    reward = from_task(score) if is_built_in else scoring.task(cfg.task, score)
     return reward, partial(call_grade, getattr(task, "grade", lambda *_: {}))
+
+
+def no_score(example: Example, response: str) -> float:
+    """The score of a task whose rows have no answers. Raises UserError."""
+    raise UserError(NO_ANSWERS)
 
 
 def call_grade(grade: Grade, example: Example, response: str) -> dict[str, float]:

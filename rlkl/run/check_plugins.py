@@ -93,10 +93,10 @@ def check_loss(
         given = loss(new, batch)
     except Exception as error:
         raise UserError(f"loss.name={name}: {reason(error)}") from error
-    if not is_loss(given):
+    if wrong := not_a_loss(given):
         raise UserError(
             f"loss.name={name}: must return (loss, diagnostics), a (B, T) tensor and a dict of "
-            f"(B, T) tensors, which may be empty; it returned a {type(given).__name__}"
+            f"(B, T) tensors, which may be empty; {wrong}"
         )
     per_token, diagnostics = given
     tensors = {"loss": per_token, **diagnostics}
@@ -112,11 +112,15 @@ def check_loss(
         )
 
 
-def is_loss(given: object) -> bool:
-    """Is this a tensor and a dict of tensors?"""
+def not_a_loss(given: object) -> str:
+    """What is wrong with a value that should be a tensor and a dict of tensors; "" if nothing."""
     if not (isinstance(given, tuple | list) and len(given) == 2 and isinstance(given[1], dict)):
-        return False
-    return all(isinstance(x, Tensor) for x in [given[0], *given[1].values()])
+        return f"it returned a {type(given).__name__}"
+    tensors = {"the loss": given[0], **given[1]}
+    wrong = [
+        f"{n} is a {type(x).__name__}" for n, x in tensors.items() if not isinstance(x, Tensor)
+    ]
+    return ", ".join(wrong)
 
 
 def check_kl(kl: Callable[..., Tensor], option: str, *, in_reward: bool) -> None:

@@ -209,18 +209,21 @@ def yaml_text(tree: dict) -> str:
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=100)
 
 
-def merge(old: dict, new: Any) -> dict:
-    """Nested update. A plug-in with another name forgets the options of the one before."""
+def merge(old: dict, new: Any, *, whole: bool = True) -> dict:
+    """Nested update. A plug-in with another name forgets the options of the one before.
+
+    whole: these are trees, and not sections of one. A model may be given by its name alone.
+    """
     if not isinstance(new, dict):
         raise UserError(f"expected sections of key: value, got {new!r}")
     merged = dict(old)
     for key, value in new.items():
-        value = as_section(value) if key in (*PLUGINS, "model") else value
+        value = as_section(value) if key in PLUGINS or (whole and key == "model") else value
         before = old.get(key)
         if isinstance(before, dict) and isinstance(value, dict):
             named = key in PLUGINS and "name" in before
             if not named or value.get("name", before["name"]) == before["name"]:
-                value = merge(before, value)
+                value = merge(before, value, whole=False)
         merged[key] = value
     return merged
 

@@ -18,7 +18,9 @@ KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"
 
 
 class Hub(Listed):
-    """Any dataset: `prompt` and `answer` name its columns. Rewards read all columns by their names.
+    """Any dataset: `prompt` and `answer` name its columns.
+
+    A reward reads the others by their names, and the answers by the name of their column too.
 
     answer: null where the prompt's column holds whole conversations, whose last message is the
     answer. Without a column `answer` the rows are only prompts, and a reward scores.
@@ -43,9 +45,9 @@ class Hub(Listed):
         splits = (train_split, heldout_split)
         hashed = hash_key if answer is not None else prompt_of_conversation
         rows = load_side(split, path, config, splits, heldout, key=prompt, hashed=hashed)
-        self.has_answers = answer != "answer" or answer in rows[0]
-        answers = [answer] if answer is not None and self.has_answers else []
-        require_columns(rows, [prompt, *answers], path)
+        if answer == "answer" and answer not in rows[0]:
+            answer = ""
+        require_columns(rows, [prompt, answer] if answer else [prompt], path)
         self.examples = [parse(row, prompt, answer, chat, path) for row in rows]
 
     score = Jsonl.score  # 1 if the response equals the answer, except for white space around it
@@ -54,13 +56,15 @@ class Hub(Listed):
 def parse(row: dict[str, Any], prompt: str, answer: str | None, chat: bool, path: str) -> Example:
     """One row as an Example. Raises UserError where a column has the wrong type.
 
-    A row without the column `answer` has the answer "".
+    answer: "" where there is none.
     """
-    prompt_value = row[prompt]
+    prompt_value = row.pop(prompt)
     if answer is None:
         messages, response = last_turn(prompt_value, f"task.path={path!r}: {prompt}")
-        return Example(messages, response, without(row, prompt))
-    answer_value = row.get(answer, "")
+        return Example(messages, response, row)
+    answer_value = row[answer] if answer else ""
+    if answer in ("answer", "completion"):  # Example.answer is for these
+        del row[answer]
     if isinstance(answer_value, list):
         answer_value = response_text(answer_value, f"task.path={path!r}: {answer}")
     if not is_prompt(prompt_value) or not isinstance(answer_value, str | int | float):
@@ -70,13 +74,7 @@ def parse(row: dict[str, Any], prompt: str, answer: str | None, chat: bool, path
         )
     if chat and isinstance(prompt_value, str):
         prompt_value = user_message(prompt_value)
-    own_names = {prompt, answer} & {"prompt", "answer", "completion"}  # no reward reads these
-    return Example(prompt_value, str(answer_value), without(row, *own_names))
-
-
-def without(row: dict[str, Any], *names: str) -> dict[str, Any]:
-    """The row without these columns."""
-    return {name: x for name, x in row.items() if name not in names}
+    return Example(prompt_value, str(answer_value), row, has_answer=bool(answer))
 
 
 def user_message(text: str) -> list[dict]:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rlkl.errors import UserError
+from rlkl.tasks.answers import NO_ANSWERS
 from rlkl.tasks.listed import Listed
 from rlkl.tasks.messages import last_turn, response_text
 from rlkl.tasks.read_jsonl import is_prompt, json_rows
 from rlkl.tasks.split import select_side
 from rlkl.types import Example
-
-NO_ANSWERS = (
-    "the task's rows have no answer, so a response can only be scored by a reward: give one "
-    "(reward=file.py:function, or from Python a function), or name the column that has the answer "
-    "(task.answer=COLUMN of task=datasets)"
-)
 
 
 class Jsonl(Listed):
@@ -29,8 +22,8 @@ class Jsonl(Listed):
 
     def __init__(self, split: str, *, path: str, heldout: float = 0.1) -> None:
         rows = list(json_rows(path, "task.path"))
-        self.has_answers = any(ANSWERS & row.keys() for _, row in rows)
-        examples = [parse(row, where, self.has_answers) for where, row in rows]
+        has_answers = any(has_answer(row) for _, row in rows)
+        examples = [parse(row, where, has_answers) for where, row in rows]
         source = f"task.path={path!r}"
         self.examples = select_side(examples, split, heldout, lambda e: e.prompt, source)
 
@@ -39,17 +32,14 @@ class Jsonl(Listed):
 
         Raises UserError where the rows have no answers.
         """
-        if not self.has_answers:
+        if not example.has_answer:
             raise UserError(NO_ANSWERS)
         return float(response.strip() == example.answer.strip())
 
 
-ANSWERS = {"answer", "completion", "messages"}  # the keys of a row that may hold its answer
-
-
-def has_answers(task: Any) -> bool:
-    """Can the task score a response? Not where its rows hold only prompts."""
-    return getattr(task, "has_answers", True)
+def has_answer(row: dict) -> bool:
+    """Does a row hold the answer to its prompt?"""
+    return "answer" in row or "completion" in row or ("messages" in row and "prompt" not in row)
 
 
 def parse(row: dict, where: str, has_answers: bool = True) -> Example:
@@ -74,4 +64,4 @@ def parse(row: dict, where: str, has_answers: bool = True) -> Example:
     answer = row.pop("answer", "")
     if not is_prompt(prompt) or not isinstance(answer, str | int | float):
         raise UserError(f"{where}: prompt must be text or chat messages, answer text or a number")
-    return Example(prompt, str(answer), row)
+    return Example(prompt, str(answer), row, has_answers)
