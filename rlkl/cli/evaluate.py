@@ -36,7 +36,6 @@ from rlkl.run.build import (
     build_scoring,
     heldout_examples,
     pick_device,
-    sections_of,
 )
 from rlkl.run.evaluate import evaluate
 from rlkl.run.help import every_option
@@ -118,10 +117,14 @@ def evaluation_config(run: Run, overrides: list[str]) -> Config:
 
     Raises UserError on an override that an evaluation does not read.
     """
-    reward = [saved_plugin(run, section) for section in sections_of(run.cfg.reward)]
+    reward = run.cfg.reward
+    if isinstance(reward, list):
+        reward = [saved_plugin(run, section) for section in reward]
+    elif reward:
+        reward = saved_plugin(run, reward)
     plugins = {
         "task": saved_plugin(run, run.cfg.task),
-        "reward": reward if isinstance(run.cfg.reward, list) else next(iter(reward), None),
+        "reward": reward,
         "sampling": {"backend": saved_plugin(run, run.cfg.sampling.backend)},
     }
     tree = config.merge(config.merge(run.tree, OFF), plugins)

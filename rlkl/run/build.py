@@ -222,13 +222,12 @@ def build_reward(
     """
     sections = sections_of(cfg.reward)
     require_answers(task, sections)
-    reward, grade = task_functions(cfg, task, scoring)
-    heldout_reward = reward
+    task_reward, grade = task_functions(cfg, task, scoring)
+    reward = task_reward
     if sections:
-        reward = assemble(sections, reward, scoring)
+        reward = assemble(sections, task_reward, scoring)
         try_rewards(sections, device)
-    if not has_answers(task):
-        heldout_reward = reward
+    heldout_reward = task_reward if has_answers(task) else reward
     if cfg.overlong.buffer:
         room = cfg.sampling.max_new_tokens
         reward = with_overlong(reward, room, cfg.overlong.buffer, cfg.overlong.coef)
@@ -249,9 +248,12 @@ def require_answers(task: Any, sections: list[dict[str, Any]]) -> None:
 
 def task_functions(cfg: Any, task: Any, scoring: Scoring) -> tuple[Reward, Grade]:
     """The task's score as a reward, and its `grade`: {} where it has none."""
-    score = task.score if has_answers(task) else no_score
-    is_built_in = cfg.task["name"] in TASKS or not has_answers(task)
-    reward = from_task(score) if is_built_in else scoring.task(cfg.task, score)
+    if not has_answers(task):
+        reward = from_task(no_score)
+    elif cfg.task["name"] in TASKS:
+        reward = from_task(task.score)
+    else:  # user code
+        reward = scoring.task(cfg.task, task.score)
     return reward, partial(call_grade, getattr(task, "grade", lambda *_: {}))
 
 

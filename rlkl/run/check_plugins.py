@@ -117,10 +117,8 @@ def not_a_loss(given: object) -> str:
     if not (isinstance(given, tuple | list) and len(given) == 2 and isinstance(given[1], dict)):
         return f"it returned a {type(given).__name__}"
     tensors = {"the loss": given[0], **given[1]}
-    wrong = [
-        f"{n} is a {type(x).__name__}" for n, x in tensors.items() if not isinstance(x, Tensor)
-    ]
-    return ", ".join(wrong)
+    kinds = {name: type(x).__name__ for name, x in tensors.items() if not isinstance(x, Tensor)}
+    return ", ".join(f"{name} is a {kind}" for name, kind in kinds.items())
 
 
 def check_kl(kl: Callable[..., Tensor], option: str, *, in_reward: bool) -> None:

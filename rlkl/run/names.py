@@ -109,7 +109,13 @@ TRL = (
         "longer prompts are dropped, not cut",
     ),
     Field("chat_template_kwargs", dict | str | None, None, "chat.template"),
-    Field("reward_funcs", list[str] | None, None, "reward", "file.py:function, or a list of them"),
+    Field(
+        "reward_funcs",
+        list[str] | None,
+        None,
+        "reward",
+        "file.py:function, from Python a function, or a list of them",
+    ),
     Field(
         "reward_model_name_or_path", str | None, None, "reward", "{name: reward_model, path: ...}"
     ),
