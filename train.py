@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Generator, Tensor
 
 from rlkl.advantages import token_rewards
@@ -31,7 +32,6 @@ from rlkl.explain import print_warnings
 from rlkl.kl import policy_divergences
 from rlkl.losses import accepted, token_weights, truncated_importance_weights, value_loss
 from rlkl.policy.optimizer import lr_scale
-from rlkl.policy.policy import microbatches
 from rlkl.rewards import compute_scores
 from rlkl.rollout.sampling import decode, draw_uniforms, generate
 from rlkl.run.algorithm import Algorithm
@@ -201,7 +201,10 @@ def update_policy(
     meters = Meters()
     has_gradient = bool(batch.advantages.any()) or not algorithm.only_advantages
     epochs = cfg.optim.epochs if has_gradient else 0
-    for minibatch in shuffled_minibatches(batch, epochs, cfg.optim.minibatch, rng):
+    minibatches = shuffled_minibatches(
+        batch, epochs, cfg.optim.minibatch, cfg.sampling.group_size, rng
+    )
+    for minibatch in minibatches:
         if algorithm.selector is not None:
             rows, columns = minibatch.mask.shape
             uniforms = draw_uniforms(rows, columns, rng, minibatch.mask.device)
@@ -230,13 +233,18 @@ def update_policy(
 
 
 def shuffled_minibatches(
-    batch: Batch, epochs: int, size: int | None, rng: Generator
+    batch: Batch, epochs: int, size: int | None, group_size: int, rng: Generator
 ) -> Iterator[Batch]:
-    """Passes over the rows, each in a new random order, `size` rows at a time; None is all rows."""
+    """Passes over the rows, each in a new random order, `size` rows at a time; None is all rows.
+
+    Whole groups are shuffled: responses to one prompt stay together, so that it is read once.
+    """
+    groups = rearrange(torch.arange(len(batch)), "(n g) -> n g", g=group_size)
     for _ in range(epochs):
-        order = torch.randperm(len(batch.mask), generator=rng).to(batch.mask.device)
-        for rows in order.split(size or len(order)):
-            yield batch[rows]
+        order = torch.randperm(len(groups), generator=rng)
+        rows = rearrange(groups[order], "n g -> (n g)").to(batch.mask.device)
+        for some in rows.split(size or len(rows)):
+            yield batch[some]
 
 
 def accumulate_gradient(
@@ -257,7 +265,7 @@ def accumulate_gradient(
     rows_and_tokens = int(trained.any(1).sum()), int(trained.sum())
 
     total_loss, total_kl = 0.0, 0.0
-    for _, microbatch in microbatches(minibatch, cfg.optim.micro_tokens):
+    for _, microbatch in models.policy.microbatches(minibatch, cfg.optim.micro_tokens):
         for new, chunk in forward(cfg, models, algorithm, microbatch):
             if chunk.old_logprobs is None:  # the only update: pi_old is pi
                 chunk.old_logprobs = new.logprobs.detach()

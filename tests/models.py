@@ -190,6 +190,25 @@ def ragged(seed: int = 0) -> list[tuple[list[int], list[int]]]:
     return [(ids(prompt), ids(response)) for prompt, response in lengths]
 
 
+def grouped(seed: int = 0) -> Batch:
+    """Responses of different lengths to a few prompts, in no order.
+
+    Two prompts have the same length. One, and some responses, exceed every sliding window here.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(VOCAB, (count,), generator=g).tolist()
+
+    rows = [
+        (prompt, ids(length))
+        for prompt in (ids(3), ids(41), ids(1), ids(3))
+        for length in (5, 12, 1, 8, 2)
+    ]
+    order = torch.randperm(len(rows), generator=g).tolist()
+    return forced([rows[i] for i in order], extra=(2, 1))
+
+
 def assert_same(a: Batch, b: Batch, tolerance: float) -> None:
     """The same tokens, and log-probs that are at most `tolerance` nats apart."""
     for field in ("prompt_ids", "prompt_mask", "response_ids", "mask", "truncated"):

@@ -586,8 +586,6 @@ MUTANTS = [
     # tasks.bounded
     Mutant("tasks.bounded", "bounded", "raise A", "raise TimeoutError", "tasks_judges"),
     # policy.policy
-    Mutant("policy.policy", "pack_by_tokens", "A + 1", "A", "types"),
-    Mutant("policy.policy", "pack_by_tokens", "-sum(A[B])", "B", "engine"),
     Mutant(
         "policy.policy",
         "Policy.read_states",
@@ -605,25 +603,82 @@ MUTANTS = [
         whose="nano-aha-moment: entropy of the sampled token alone",
     ),
     Mutant("policy.policy", "reference_of", "copy.deepcopy(A)", "A", "model"),
-    # policy.hidden_states
+    # policy.states
     Mutant(
-        "policy.policy",
-        "hidden_states",
-        "[A, B.attended]",
-        "[A & (B.prompt_ids != B.response_ids.gather(1, B.mask.sum(1, True).sub(1).clamp_min(0))),"
-        " B.attended]",
-        "rollout",
-        whose="tiny-grpo: prompt tokens that equal the EOS are hidden",
-    ),
-    Mutant(
-        "policy.policy",
-        "hidden_states",
-        "A(input_ids=B, attention_mask=C, position_ids=positions(C), **D)",
-        "A(input_ids=B, attention_mask=C, **D)",
+        "policy.states",
+        "states_of_shared_prompts",
+        "A(input_ids=B, position_ids=C, **D)",
+        "A(input_ids=B, **D)",
         "model",
         whose="TRL, lm-human-preference-details: no position_ids",
     ),
-    Mutant("policy.policy", "positions", "A - 1", "A", "model"),
+    Mutant(
+        "policy.states",
+        "states_of_rows",
+        "[A, B.attended]",
+        "[A & (B.prompt_ids != B.response_ids.gather(1, B.mask.sum(1, True).sub(1).clamp_min(0))),"
+        " B.attended]",
+        "shared_prompts",
+        whose="tiny-grpo: prompt tokens that equal the EOS are hidden",
+    ),
+    Mutant("policy.states", "states_of_rows", "A - 1 + B", "A + B", "shared_prompts"),
+    Mutant("policy.states", "hidden_states", "states_of_rows(A, B)", "None", "shared_prompts"),
+    Mutant("policy.states", "positions", "A - 1", "A", "rollout"),
+    # policy.shared_prompts
+    Mutant(
+        "policy.shared_prompts",
+        "SharedPrompts.mask",
+        "(A | (B < 0)) & C",
+        "(A | (B > -2)) & C",
+        "shared_prompts",
+        whose="packing without a mask: responses see each other",
+    ),
+    Mutant(
+        "policy.shared_prompts", "SharedPrompts.mask", "A < window", "A <= window", "shared_prompts"
+    ),
+    Mutant("policy.shared_prompts", "share_prompts", "A - 1 + B", "A + B", "shared_prompts"),
+    Mutant(
+        "policy.shared_prompts",
+        "first_rows_of_prompts",
+        "A.masked_fill(~B, -1)",
+        "A[:, :1]",
+        "shared_prompts",
+    ),
+    Mutant("policy.shared_prompts", "rows_by_prompt", "A.append(B)", "None", "microbatches"),
+    Mutant("policy.shared_prompts", "arrange", "A * B", "A", "shared_prompts"),
+    Mutant("policy.shared_prompts", "places", "A - B.length", "A", "shared_prompts"),
+    Mutant("policy.shared_prompts", "padded", "A < B + C", "A > -1", "shared_prompts"),
+    Mutant("policy.shared_prompts", "segment_lengths", "A + B - C", "A + B", "shared_prompts"),
+    # policy.attention
+    Mutant("policy.attention", "flash_attention", "A - 1", "A", "shared_prompts"),
+    Mutant("policy.attention", "attention_in_parts", "A <= (B or A)", "True", "shared_prompts"),
+    Mutant(
+        "policy.attention",
+        "attention_in_parts",
+        "rearrange(A, 'r h (s q) d -> r q (h s) d', s=B)",
+        "rearrange(A, 'r h (s q) d -> r q (s h) d', s=B)",
+        "shared_prompts",
+    ),
+    Mutant(
+        "policy.attention",
+        "shared_prompt_attention",
+        "A if B.parts else C",
+        "A",
+        "shared_prompts",
+    ),
+    # policy.microbatches
+    Mutant("policy.microbatches", "pack_by_tokens", "len(A) + 1", "len(A)", "microbatches"),
+    Mutant("policy.microbatches", "pack_by_tokens", "-A[B]", "B", "microbatches"),
+    Mutant("policy.microbatches", "pack_groups", "-A.longest", "A.longest", "microbatches"),
+    Mutant("policy.microbatches", "join", "A.tokens + prompt", "A.tokens", "microbatches"),
+    Mutant("policy.microbatches", "join", "A <= B and C", "A <= B", "microbatches"),
+    Mutant(
+        "policy.microbatches",
+        "microbatches",
+        "sum(A)",
+        "max(A)",
+        "microbatches",
+    ),
     # policy.critic
     Mutant(
         "policy.critic",
@@ -645,8 +700,8 @@ MUTANTS = [
     Mutant(
         "policy.model",
         "load",
-        "(A.eval(), B)",
-        "(A.train(), B)",
+        "Policy(A, B, vocab_size=C).eval()",
+        "Policy(A, B, vocab_size=C).train()",
         "model",
         whose="TRL: dropout, so that the ratio is not 1 before any update",
     ),

@@ -314,7 +314,7 @@ def test_explain_counts_the_responses_that_may_be_resampled():
     def sampled_tokens(*options: str) -> int:
         sizes = ("sampling.prompts=3", "sampling.group_size=2", "sampling.max_new_tokens=5")
         cfg = config.load([*sizes, *options])
-        return tokens(cfg, architecture(cfg)[1]).sampled
+        return tokens(cfg, *architecture(cfg)).sampled
 
     assert sampled_tokens("sampling.zero_variance=drop") == 3 * 2 * 5
     resampled = sampled_tokens("sampling.zero_variance=resample", "sampling.resample_rounds=2")

@@ -260,7 +260,8 @@ def printed(report):
 
 
 # Rows of a rollout, tokens of a response and of the longest prompt, passes over it: see TOKENS.
-TINY = tokens_of(6, 768 * 6, 2 * 768 * 12, 768 * 12)
+TINY_READ = 96 * 6 + 768 * 6  # tokens of 96 prompts and 768 responses
+TINY = tokens_of(6, 768 * 6, 2 * TINY_READ, TINY_READ)
 SHIPPED = {
     "countdown-3b": {"updates": 2},  # 16 · 8 rows in minibatches of 64
     "gsm8k-1.5b-grpo": {"updates": 4, "resample_rounds": 1},
@@ -274,13 +275,16 @@ SHIPPED = {
     "real-ppo": {"updates": 2},
     "rlhf-0.5b": {"updates": 2, "beta": 0.05},
     "scratch-countdown": {"updates": 4, "resample_rounds": 3},
-    "tiny-countdown": {"updates": 4, **tokens_of(11, 512 * 8, 2 * 512 * 19, 512 * 19)},
+    "tiny-countdown": {
+        "updates": 4,
+        **tokens_of(11, 512 * 8, 2 * (64 * 11 + 512 * 8), 64 * 11 + 512 * 8),
+    },
     "tiny-dapo": {"updates": 4, "overlong": 0.5, "buffer": 2, **TINY},
     "tiny-grpo": {"updates": 4, **TINY},
     "tiny-gym": {  # a second round of sampling, at most
         "updates": 4,
         "resample_rounds": 1,
-        **tokens_of(18, 2 * 384 * 4, 2 * 384 * 22, 384 * 22),
+        **tokens_of(18, 2 * 384 * 4, 2 * (48 * 18 + 384 * 4), 48 * 18 + 384 * 4),
     },
     "tiny-lora": {"updates": 4, **TINY},
     "tiny-ppo": {"updates": 2, **tokens_of(6, 512 * 6, 2 * 512 * 12, 512 * 12)},
@@ -848,21 +852,23 @@ def test_a_users_kl_of_a_known_kind_leads_to_its_closed_form(estimator):
 
 # ------------------------------------------------------------------ tokens and memory
 
-TOKENS = {  # 512 rows of 6 + 8 tokens; scored by the reference, and by pi_old where it is read
-    "": tokens_of(6, 512 * 8, 512 * 14, 512 * 14),
-    "kl_ref.coef=0.05": tokens_of(6, 512 * 8, 2 * 512 * 14, 512 * 14),
-    PPO: tokens_of(6, 512 * 8, 2 * 512 * 14, 512 * 14),
-    "mismatch.truncate=token": tokens_of(6, 512 * 8, 2 * 512 * 14, 512 * 14),
-    "optim.epochs=2": tokens_of(6, 512 * 8, 2 * 512 * 14, 2 * 512 * 14),
+READ = 64 * 6 + 512 * 8  # tokens of 64 prompts and 512 responses; each prompt is read once
+TOKENS = {  # scored by the reference, and by pi_old where it is read
+    "": tokens_of(6, 512 * 8, READ, READ),
+    "kl_ref.coef=0.05": tokens_of(6, 512 * 8, 2 * READ, READ),
+    PPO: tokens_of(6, 512 * 8, 2 * READ, READ),
+    "mismatch.truncate=token": tokens_of(6, 512 * 8, 2 * READ, READ),
+    "optim.epochs=2": tokens_of(6, 512 * 8, 2 * READ, 2 * READ),
     # the reference passes once over a rollout with an exact KL too
-    f"{IN_LOSS}exact_pi_ref advantage=rloo": tokens_of(6, 512 * 8, 512 * 14, 512 * 14),
+    f"{IN_LOSS}exact_pi_ref advantage=rloo": tokens_of(6, 512 * 8, READ, READ),
     # three more rounds, and a greedy response per prompt
-    "sampling.zero_variance=resample": tokens_of(6, 4 * 512 * 8, 512 * 14, 512 * 14),
+    "sampling.zero_variance=resample": tokens_of(6, 4 * 512 * 8, READ, READ),
     f"{GREEDY} sampling.group_size=3 sampling.prompts=5": tokens_of(
-        6, (15 + 5) * 8, 15 * 14, 15 * 14
+        6, (15 + 5) * 8, 5 * 6 + 15 * 8, 5 * 6 + 15 * 8
     ),
     "model.reference=false task.digits=3 sampling.max_prompt_tokens=7 sampling.max_new_tokens=16": (
-        tokens_of(7, 512 * 16, 0, 512 * 23)  # a prompt is 123+456=, and one over the limit is cut
+        # a prompt is 123+456=, and one over the limit is cut
+        tokens_of(7, 512 * 16, 0, 64 * 7 + 512 * 16)
     ),
 }
 
@@ -882,40 +888,50 @@ VALUE = WIDTH + 1  # the head of a critic
 ADAPTER = 16 * LAYERS * (4 * 2 * WIDTH + 3 * (WIDTH + 384)) + WIDTH  # rank 16, and the last norm
 
 
-def layer_activations(length, width, rank=0):
-    """Bytes that a layer saves per token, operation by operation.
+def layer_activations(prompt, response, samples, width, rank=0):
+    """Bytes that a layer saves for a group, operation by operation.
 
-    A norm: its input in float32, one number, and the factor of its output. The products: their
-    inputs. Attention: q, k, v, its output, a row of the mask, and one number per head. With LoRA
-    seven A x more, and the frozen norms save no factor.
+    Of each token: a norm, which saves its input in float32, one number, and the factor of its
+    output; and the inputs of the products. Attention: q and its output of a segment, k and v of
+    what the segment sees, and a number per head and query. With LoRA seven A x more, and the
+    frozen norms save no factor.
     """
+    tokens = prompt + samples * response
     norm = 4 * WIDTH + 4 + (0 if rank else width * WIDTH)
-    products = WIDTH + 4 * WIDTH + WIDTH + 4 * 384
-    return 2 * norm + width * (products + length) + max(width, 4) * 2 + 7 * rank * width
+    products = width * (3 * WIDTH + 4 * 384) + 7 * rank * width
+    seen = prompt + samples * (prompt + response)
+    attention = 2 * width * WIDTH * (tokens + seen) + max(width, 4) * 2 * tokens
+    return tokens * (2 * norm + products) + attention
 
 
-def other_activations(width, rank=0):
-    """Bytes per token outside the layers: its id, cosines and sines of its position, a norm.
+def other_activations(prompt, response, samples, width, rank=0):
+    """Bytes outside the layers: ids, cosines and sines, a norm; masks and places of the attention.
 
     With LoRA the input of the first norm needs no gradient.
     """
-    rest = 8 + 2 * 64 * width + 4 * WIDTH + 4 + width * WIDTH
-    return rest - (4 * WIDTH + 4 if rank else 0)
+    tokens = prompt + samples * response
+    rest = tokens * (8 + 2 * 64 * width + 4 * WIDTH + 4 + width * WIDTH)
+    masks = samples * response * (prompt + response) * width
+    places = (8 + 1) * tokens + 8 * (prompt + samples * (prompt + response))
+    places += 8 * samples * (response + 1)  # of the states
+    return rest + masks + places - (tokens * (4 * WIDTH + 4) if rank else 0)
 
 
-def saved_activations(length, width, rank=0, checkpointing=False):
-    """Bytes per token, with one more layer that is being computed."""
-    layer = layer_activations(length, width, rank)
-    layer_input = width * WIDTH
+def saved_activations(prompt, response, samples, width, rank=0, checkpointing=False):
+    """Bytes of a group, with one more layer that is being computed."""
+    group = prompt, response, samples, width, rank
+    layer = layer_activations(*group)
+    layer_input = width * WIDTH * (prompt + samples * response)
     if checkpointing:
         stored = LAYERS * layer_input + 2 * (layer - layer_input)
     else:
         stored = LAYERS * layer + layer - layer_input
-    return stored + other_activations(width, rank)
+    return stored + other_activations(*group)
 
 
-MANY = "sampling.prompts=20000 optim.micro_tokens=2000000"  # 160,000 rows: 142,857 in a micro-batch
-MANY_TOKENS = 2_000_000 * 8 // 14
+# 20,000 groups of 70 tokens, of which 8 · 8 are of responses: 17,142 in a micro-batch
+MANY = "sampling.prompts=20000 optim.micro_tokens=1200000"
+MANY_TOKENS = 17_142 * 64
 KV = 2 * LAYERS * WIDTH  # keys and values of a token
 SIZES = [  # options, is it on CUDA, bytes; 128 slots on a CPU and 256 on a GPU
     (
@@ -929,12 +945,12 @@ SIZES = [  # options, is it on CUDA, bytes; 128 slots on a CPU and 256 on a GPU
             "kv_cache": 4 * KV * 128 * 14,
             "sampling_logits": (2 * 4 + 2 * 8) * 128 * VOCAB,
             "gradients": 4 * POLICY,
-            "activations": 512 * 14 * saved_activations(14, 4),
+            "activations": 64 * saved_activations(6, 8, 8, 4),
             "logits": 6 * 512 * 8 * VOCAB * 4,
         },
     ),
     (
-        "model.gradient_checkpointing=true optim.micro_tokens=1000",  # 71 rows
+        "model.gradient_checkpointing=true optim.micro_tokens=1000",  # 14 groups of 70 tokens
         True,
         {
             "weights": 2 * POLICY,
@@ -944,8 +960,8 @@ SIZES = [  # options, is it on CUDA, bytes; 128 slots on a CPU and 256 on a GPU
             "kv_cache": 2 * KV * 256 * 14,
             "sampling_logits": (2 * 4 + 2 * 8) * 256 * VOCAB,
             "gradients": 2 * POLICY,
-            "activations": 71 * 14 * saved_activations(14, 2, checkpointing=True),
-            "logits": 6 * (1000 * 8 // 14) * VOCAB * 4,
+            "activations": 14 * saved_activations(6, 8, 8, 2, checkpointing=True),
+            "logits": 6 * (14 * 64) * VOCAB * 4,
         },
     ),
     (
@@ -961,12 +977,12 @@ SIZES = [  # options, is it on CUDA, bytes; 128 slots on a CPU and 256 on a GPU
             "sampling_logits": (2 * 4 + 2 * 8) * 9 * VOCAB
             + 4 * VOCAB * WIDTH,  # a float32 unembedding
             "gradients": 2 * POLICY,
-            "activations": 512 * 14 * saved_activations(14, 2),
+            "activations": 64 * saved_activations(6, 8, 8, 2),
             "logits": 6 * 300 * VOCAB * 4,
         },
     ),
     (
-        "configs/tiny-lora.yaml",  # the cached backend holds all 768 rows; 682 in a micro-batch
+        "configs/tiny-lora.yaml",  # a cache and a micro-batch hold all 768 rows
         False,
         {
             "weights": 4 * (POLICY + ADAPTER - WIDTH),
@@ -976,8 +992,8 @@ SIZES = [  # options, is it on CUDA, bytes; 128 slots on a CPU and 256 on a GPU
             "kv_cache": 4 * KV * 768 * 12,
             "sampling_logits": (2 * 4 + 2 * 8) * 768 * VOCAB,
             "gradients": 4 * ADAPTER,
-            "activations": 682 * 12 * saved_activations(12, 4, rank=16),
-            "logits": 6 * (8192 * 6 // 12) * VOCAB * 4,
+            "activations": 96 * saved_activations(6, 6, 8, 4, rank=16),
+            "logits": 6 * (768 * 6) * VOCAB * 4,
         },
     ),
     (
@@ -992,7 +1008,7 @@ SIZES = [  # options, is it on CUDA, bytes; 128 slots on a CPU and 256 on a GPU
             "kv_cache": 2 * KV * 256 * 14,
             "sampling_logits": (2 * 4 + 2 * 8) * 256 * VOCAB,
             "gradients": 2 * POLICY + 4 * VALUE,
-            "activations": 14 * saved_activations(14, 2),
+            "activations": saved_activations(6, 8, 1, 2),
             "logits": 6 * 8 * VOCAB * 4,
         },
     ),
@@ -1008,7 +1024,7 @@ SIZES = [  # options, is it on CUDA, bytes; 128 slots on a CPU and 256 on a GPU
             "kv_cache": 8 * KV * 128 * 14,
             "sampling_logits": (2 * 8 + 2 * 8) * 128 * VOCAB,
             "gradients": 8 * (POLICY + BACKBONE + VALUE),
-            "activations": 142_857 * 14 * 2 * saved_activations(14, 8),
+            "activations": 17_142 * 2 * saved_activations(6, 8, 8, 8),
             # more than 256 MiB: six tiles of 512 rows, and the logits of both policies kept
             "logits": 6 * 512 * VOCAB * 8 + 2 * 700_000 * VOCAB * 8,
         },

@@ -14,8 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from one_step import digest, float64_llama, furnish, golden_base, one_step
 from runs_fixture import ROOT
+
+import train
+from rlkl.types import Batch
 
 GOLDEN = json.loads(gzip.decompress((ROOT / "tests/golden/steps.json.gz").read_bytes()))
 ENTRIES = GOLDEN["entries"]
@@ -40,6 +44,15 @@ def base(tmp_path_factory) -> Iterator[Path]:
 def here(tmp_path, monkeypatch) -> None:
     furnish(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "shuffled_minibatches", shuffled_rows)
+
+
+def shuffled_rows(batch, epochs, size, group_size, rng) -> Iterator[Batch]:
+    """Minibatches as version 0.1 drew them: rows were shuffled, not groups."""
+    for _ in range(epochs):
+        order = torch.randperm(len(batch), generator=rng)
+        for rows in order.split(size or len(order)):
+            yield batch[rows]
 
 
 def test_the_base_is_the_same_on_every_cpu(base):

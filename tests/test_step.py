@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_step import float64_llama
 from runs_fixture import ROOT, arguments
 from torch.nn import functional as F
 
@@ -74,6 +75,12 @@ class Recorder:
 
     def zero(self):
         self.optimizer.zero()
+
+
+@pytest.fixture(autouse=True)
+def float64_everywhere(monkeypatch) -> None:
+    """Else Llama's norms round to float32, and the order of additions would show."""
+    float64_llama(monkeypatch)
 
 
 @dataclass
@@ -245,7 +252,7 @@ def test_the_gradient_does_not_depend_on_the_order_of_rows(base, options, monkey
     monkeypatch.setattr(
         train,
         "shuffled_minibatches",
-        lambda batch, epochs, size, rng: (
+        lambda batch, epochs, size, group_size, rng: (
             batch[list(range(len(batch)))[::-1]] for _ in range(epochs)
         ),
     )

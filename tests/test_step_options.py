@@ -111,7 +111,7 @@ def test_the_effective_sample_size_is_one_on_policy_and_less_when_ratios_spread(
 
 def test_a_diagnostic_is_averaged_over_tokens_and_its_largest_taken_where_its_name_says_so(base):
     """Whatever is behind the mask, and however the updates are cut."""
-    run = setup(base, "optim.minibatch=4", "optim.micro_tokens=40")
+    run = setup(base, "optim.minibatch=4", "optim.micro_tokens=20")
     loss, seen = run.algorithm.policy_loss, []
 
     def with_diagnostics(new, batch):

@@ -4,11 +4,9 @@ from dataclasses import fields
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from rlkl.policy.policy import microbatches, pack_by_tokens
+from rlkl.policy.microbatches import microbatches
 from rlkl.types import Batch, nonzero_variance
 
 P, T, D = 4, 6, 3
@@ -168,7 +166,8 @@ def test_no_operation_writes_to_the_tensors_it_is_given(parts):
     batch.trim()
     batch.without_rows(torch.tensor([True, False, True, False, False]))
     Batch.cat([batch, batch])
-    list(microbatches(batch, 9))
+    for share_prompts in (False, True):
+        list(microbatches(batch, 9, share_prompts))
     for name, x in before.items():
         assert torch.equal(x.nan_to_num(12345.0), parts[name].nan_to_num(12345.0)), name
 
@@ -272,66 +271,3 @@ def test_cat_pads_prompts_on_the_left_and_responses_on_the_right(batch):
 def test_cat_refuses_batches_sampled_at_different_temperatures(batch, parts):
     with pytest.raises(ValueError, match=r"temperatures differ: \[0\.7, 1\.0\]"):
         Batch.cat([batch, Batch(**parts, temperature=1.0)])
-
-
-# ------------------------------------------------------------------ micro-batches
-
-
-def rows_strategy():
-    mask = st.lists(st.booleans(), min_size=T, max_size=T).filter(any)
-    return st.lists(st.tuples(st.integers(1, P), mask), min_size=1, max_size=9)
-
-
-@settings(deadline=None, max_examples=60)
-@given(rows=rows_strategy(), budget=st.integers(1, 60))
-def test_microbatches_hold_each_row_once_trimmed_and_within_the_budget(rows, budget):
-    batch = Batch(**tensors([prompt for prompt, _ in rows], [mask for _, mask in rows]))
-    batch.zero_padding()
-    seen = []
-    for indices, micro in microbatches(batch, budget):
-        seen += indices
-        assert_same(micro, batch[indices].trim())
-        tokens = len(micro) * (micro.prompt_ids.shape[1] + micro.mask.shape[1])
-        assert tokens <= budget or len(micro) == 1
-        assert torch.equal(micro.attended, batch[indices].attended[:, : micro.mask.shape[1]])
-        assert micro.mask.sum() == batch.mask[indices].sum()
-    assert sorted(seen) == list(range(len(batch)))
-
-
-def sizes(batch: Batch, budget: int) -> list[int]:
-    return [len(micro) for _, micro in microbatches(batch, budget)]
-
-
-def test_microbatches_count_an_empty_response_as_one_column():
-    """As trim does. Two rows with a prompt of 1 and no response take 2·(1 + 1) tokens."""
-    batch = Batch(**tensors([1, 1], [[0, 0, 0], [0, 0, 0]]))
-    assert sizes(batch, 2) == [1, 1]
-
-
-def test_microbatches_fill_their_budget(batch):
-    """The rows need 6, 6, 5, 5 and 4 tokens; padded side by side they fit two and two in 14."""
-    assert sizes(batch, 14) == [2, 2, 1]
-    assert sizes(batch, 10**6) == [5]
-    assert sizes(batch, 1) == [1] * 5
-
-
-def test_microbatches_count_the_padding_between_unlike_rows():
-    """Prompt 3 + response 1, and prompt 1 + response 3: 4 tokens each, 2·(3 + 3) side by side."""
-    batch = Batch(**tensors([3, 1], [[1, 0, 0], [1, 1, 1]]))
-    assert sizes(batch, 11) == [1, 1]
-    assert sizes(batch, 12) == [2]
-
-
-def test_microbatches_start_with_the_longest_row(batch):
-    """So a run whose first micro-batch fits in memory fits to the end."""
-    longest = [
-        int((micro.prompt_mask.sum(1) + micro.attended.sum(1)).max())
-        for _, micro in microbatches(batch, 14)
-    ]
-    assert longest == sorted(longest, reverse=True)
-
-
-def test_packing_is_longest_first_and_counts_padded_tokens():
-    lengths = [(3,), (9,), (2,), (30,), (8,)]
-    assert list(pack_by_tokens(lengths, 20)) == [[3], [1, 4], [0, 2]]
-    assert list(pack_by_tokens([], 20)) == []

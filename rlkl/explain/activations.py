@@ -1,7 +1,7 @@
 """Bytes that a forward pass keeps for its backward pass.
 
 They are counted, not estimated: models of the architecture with two and with three layers run
-forward on short rows. Their difference is one layer, and two lengths give the growth with length.
+forward on short groups. Their difference is one layer, and two lengths give the growth with length.
 """
 
 from __future__ import annotations
@@ -16,27 +16,65 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlkl.policy import lora
-from rlkl.policy.policy import positions
+from rlkl.policy.policy import Policy
 from rlkl.run.schema import Lora
+from rlkl.types import Batch
 
-LENGTHS = (16, 32)  # tokens of the rows that are counted
+LENGTHS = (16, 32)  # tokens of prompt and response together, of the groups that are counted
+SAMPLES = 16  # responses of such a group, at most: more of them need the same for each token
 
 
-class RowActivations(NamedTuple):
-    """Bytes that one row keeps for the backward pass."""
+class Group(NamedTuple):
+    """Responses to one prompt."""
+
+    prompt: int  # tokens
+    response: int  # tokens of each response
+    samples: int
+
+    def shorter(self, length: int) -> Group:
+        """The same shape, with `length` tokens of prompt and response together, and few samples."""
+        share = self.prompt / (self.prompt + self.response)
+        prompt = min(max(round(share * length), 1), length - 1)
+        return Group(prompt, length - prompt, min(self.samples, SAMPLES))
+
+    def tokens(self, shared_prompts: bool) -> int:
+        """Tokens that the model reads."""
+        prompts = 1 if shared_prompts else self.samples
+        return prompts * self.prompt + self.samples * self.response
+
+    def batch(self) -> Batch:
+        """The group as a batch of zeros."""
+        ids = torch.zeros(self.samples, self.prompt + self.response, dtype=torch.long)
+        prompt_ids, response_ids = ids.split([self.prompt, self.response], 1)
+        return Batch(
+            prompt_ids=prompt_ids,
+            prompt_mask=torch.ones_like(prompt_ids, dtype=torch.bool),
+            response_ids=response_ids,
+            mask=torch.ones_like(response_ids, dtype=torch.bool),
+            sampler_logprobs=response_ids.float(),
+            truncated=torch.zeros(self.samples, dtype=torch.bool),
+        )
+
+
+class Activations(NamedTuple):
+    """Bytes that a group keeps for the backward pass."""
 
     inside: float  # of one layer, without its input; a checkpointed layer computes it again
     input: float  # of one layer
     rest: float  # outside the layers
 
 
-def row_activations(config: Any, dtype: torch.dtype, adapter: Lora, length: int) -> RowActivations:
-    """The activations of a row of `length` tokens, without the unembedding.
+def group_activations(
+    config: Any, dtype: torch.dtype, adapter: Lora, group: Group, shared_prompts: bool
+) -> Activations:
+    """The activations of a group, without the unembedding.
 
-    They grow with the length, and some, such as attention masks, with its square.
+    They grow with its lengths, and some, such as attention masks, with their square.
+    shared_prompts: whether the model reads the prompt once for the whole group.
     """
-    layer, rest = [], []
-    for tokens in LENGTHS:
+    layer, rest = [], []  # per token
+    for length in LENGTHS:
+        shorter = group.shorter(length)
         two, three = (
             saved_bytes(
                 type(config),
@@ -44,34 +82,40 @@ def row_activations(config: Any, dtype: torch.dtype, adapter: Lora, length: int)
                 dtype,
                 json.dumps(asdict(adapter)),
                 layers,
-                tokens,
+                shorter,
             )
             for layers in (2, 3)
         )
-        layer.append(three - two)
-        rest.append(max(3 * two - 2 * three, 0))
-    layer_input = config.get_text_config().hidden_size * dtype.itemsize * length
-    return RowActivations(
-        inside=extrapolate(layer, length) - layer_input,
+        tokens = shorter.tokens(shared_prompts)
+        layer.append((three - two) / tokens)
+        rest.append(max(3 * two - 2 * three, 0) / tokens)
+    tokens = group.tokens(shared_prompts)
+    length = group.prompt + group.response
+    layer_input = config.get_text_config().hidden_size * dtype.itemsize * tokens
+    return Activations(
+        inside=extrapolate(layer, length) * tokens - layer_input,
         input=layer_input,
-        rest=extrapolate(rest, length),
+        rest=extrapolate(rest, length) * tokens,
     )
 
 
-def extrapolate(sizes: list[int], length: int) -> float:
-    """a · length + b · length², where a and b follow from the sizes at LENGTHS."""
+def extrapolate(per_token: list[float], length: int) -> float:
+    """a + b · length, where a and b follow from the bytes per token at LENGTHS."""
     short, long = LENGTHS
-    per_token_short = sizes[0] / short
-    per_token_long = sizes[1] / long
-    b = max((per_token_long - per_token_short) / (long - short), 0.0)
-    return length * (per_token_short + b * (length - short))
+    b = max((per_token[1] - per_token[0]) / (long - short), 0.0)
+    return per_token[0] + b * (length - short)
 
 
 @cache
 def saved_bytes(
-    config_class: type, config_json: str, dtype: torch.dtype, adapter: str, layers: int, length: int
+    config_class: type,
+    config_json: str,
+    dtype: torch.dtype,
+    adapter: str,
+    layers: int,
+    group: Group,
 ) -> int:
-    """Bytes that the backbone saves for the backward pass of one row, weights aside.
+    """Bytes that the backbone saves for the backward pass of one group, weights aside.
 
     config_json, adapter: JSON, so that the arguments can be cached.
     """
@@ -89,15 +133,8 @@ def saved_bytes(
             alive.append(x)
         return x
 
-    attended = torch.ones(1, length, dtype=torch.bool)
-    attended[:, 0] = False  # without padding, transformers may leave the mask out
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-        lm.base_model(
-            input_ids=attended.long(),
-            attention_mask=attended,
-            position_ids=positions(attended),
-            use_cache=False,
-        )
+        Policy(lm).states(group.batch())
     return sum(sizes.values())
 
 

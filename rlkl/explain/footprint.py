@@ -12,11 +12,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from rlkl.errors import UserError, first_line
-from rlkl.explain.activations import row_activations
+from rlkl.explain.activations import Group, group_activations
 from rlkl.logprobs import LOGITS_BUDGET
 from rlkl.logprobs.tiled import tile_for
 from rlkl.plugins import resolve
 from rlkl.policy import lora
+from rlkl.policy.attention import unsupported
 from rlkl.policy.model import check_folder
 from rlkl.rollout import SAMPLERS
 from rlkl.rollout.engine import default_slots
@@ -98,22 +99,28 @@ def architecture(cfg: Config) -> tuple[Any, PreTrainedTokenizerBase]:
 # ------------------------------------------------------------------ tokens
 
 
-def tokens(cfg: Config, tokenizer: PreTrainedTokenizerBase, task: Any = None) -> Tokens:
-    """The tokens of a step in which every prompt and every response is as long as it may be."""
+def tokens(
+    cfg: Config, config: Any, tokenizer: PreTrainedTokenizerBase, task: Any = None
+) -> Tokens:
+    """The tokens of a step in which every prompt and every response is as long as it may be.
+
+    config: of the model.
+    """
     task = resolve(cfg.task, TASKS, "task")("train") if task is None else task
     count = min(len(task), MAX_PROMPTS)
     longest = max(len(encode(tokenizer, task[i].prompt, cfg.chat)) for i in range(count))
     longest = min(longest, cfg.sampling.max_prompt_tokens or longest)
     rows = cfg.sampling.rows
-    padded = rows * (longest + cfg.sampling.max_new_tokens)
+    prompts_read = cfg.sampling.prompts if shares_prompts(config) else rows
+    read = prompts_read * longest + rows * cfg.sampling.max_new_tokens
     greedy = cfg.sampling.prompts if cfg.sampling.baseline != "none" else 0
     resamples = cfg.sampling.zero_variance == "resample"
     rounds = 1 + (cfg.sampling.resample_rounds if resamples else 0)
     return Tokens(
         prompt=longest,
         sampled=rounds * (rows + greedy) * cfg.sampling.max_new_tokens,
-        scored=(cfg.model.reference + reads_old_logprobs(cfg)) * padded,
-        learned=cfg.optim.epochs * padded,
+        scored=(cfg.model.reference + reads_old_logprobs(cfg)) * read,
+        learned=cfg.optim.epochs * read,
     )
 
 
@@ -138,9 +145,9 @@ def memory(cfg: Config, config: Any, longest: int, width: int, exact: bool, cuda
     offload = cfg.optim.offload
     has_reference = cfg.model.reference and not cfg.lora.r  # LoRA: the policy without its adapter
     sampled_rows = concurrent_rows(cfg, cuda)
-    row_tokens = cfg.sampling.rows * length
-    micro_tokens = min(cfg.optim.micro_tokens, row_tokens)
-    response_tokens = micro_tokens * cfg.sampling.max_new_tokens // length
+    shared_prompts = shares_prompts(config)
+    groups, group = largest_microbatch(cfg, longest, shared_prompts)
+    response_tokens = groups * group.samples * group.response
     return Memory(
         weights=(count.policy + critic_network) * width + critic_head * wide,
         reference=count.policy * width if has_reference else 0,
@@ -149,7 +156,7 @@ def memory(cfg: Config, config: Any, longest: int, width: int, exact: bool, cuda
         kv_cache=sampled_rows * length * kv_bytes_per_token(text, width),
         sampling_logits=sampling_logits_bytes(text, sampled_rows, width, cuda),
         gradients=trained,
-        activations=activations(cfg, config, length, DTYPES[width]),
+        activations=groups * activations(cfg, config, group, DTYPES[width], shared_prompts),
         logits=logits(cfg, response_tokens, text.vocab_size, wide, exact, cuda),
         host=masters + moments if offload else 0,
     )
@@ -215,17 +222,39 @@ def parameters(config: Any, adapter: Lora) -> Count:
     return Count(sum(p.numel() for p in lm.parameters()), backbone, trained)
 
 
-def activations(cfg: Config, config: Any, length: int, dtype: torch.dtype) -> int:
-    """Bytes saved by the largest micro-batch, in the policy's backbone and the critic's network."""
+def shares_prompts(config: Any) -> bool:
+    """Whether a model of this config reads each prompt once for all of its responses."""
+    with torch.device("meta"):
+        return unsupported(AutoModelForCausalLM.from_config(config).base_model) is None
+
+
+def largest_microbatch(cfg: Config, longest: int, shared_prompts: bool) -> tuple[int, Group]:
+    """How many groups of responses a full micro-batch holds, and one of them.
+
+    longest: tokens of a prompt. A group is all samples of a prompt, or as many as fit; where
+    prompts are not shared it is a single row.
+    """
+    response = cfg.sampling.max_new_tokens
+    most_groups, samples = cfg.sampling.rows, 1
+    if shared_prompts:
+        fitting = (cfg.optim.micro_tokens - longest) // response
+        most_groups, samples = cfg.sampling.prompts, min(max(fitting, 1), cfg.sampling.group_size)
+    groups = cfg.optim.micro_tokens // (longest + samples * response)
+    return min(max(groups, 1), most_groups), Group(longest, response, samples)
+
+
+def activations(
+    cfg: Config, config: Any, group: Group, dtype: torch.dtype, shared_prompts: bool
+) -> int:
+    """Bytes that a group keeps in the policy's backbone and in the critic's network."""
     layers = config.get_text_config().num_hidden_layers
-    rows = min(max(cfg.optim.micro_tokens // length, 1), cfg.sampling.rows)
     adapters = [cfg.lora, Lora()] if cfg.critic.kind == "network" else [cfg.lora]
     computed = 2 if cfg.model.gradient_checkpointing else layers + 1
     total = 0.0
     for adapter in adapters:
-        row = row_activations(config, dtype, adapter, length)
-        total += layers * row.input + row.rest + row.inside * computed
-    return int(rows * total)
+        kept = group_activations(config, dtype, adapter, group, shared_prompts)
+        total += layers * kept.input + kept.rest + kept.inside * computed
+    return int(total)
 
 
 def logits(cfg: Config, tokens: int, vocabulary: int, width: int, exact: bool, cuda: bool) -> int:
@@ -280,7 +309,7 @@ def plan(cfg: Config, exact: bool, device: torch.device, task: Any) -> list[str]
     try:
         config, tokenizer = architecture(cfg)
         cuda = device.type == "cuda"
-        longest = tokens(cfg, tokenizer, task).prompt
+        longest = tokens(cfg, config, tokenizer, task).prompt
 
         def plan_of(changed: Config) -> Memory:
             return memory(changed, config, longest, width_of(changed, cuda), exact, cuda)

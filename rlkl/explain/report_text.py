@@ -489,7 +489,7 @@ def size_of_step(report: Explanation, cfg: Config, exact: bool, cuda: bool) -> N
     topic = "size of a step"
     try:
         config, tokenizer = architecture(cfg)
-        count = tokens(cfg, tokenizer)
+        count = tokens(cfg, config, tokenizer)
     except UserError as error:
         report.add(topic, escape_braces(f"not estimated: {error}"))
         return

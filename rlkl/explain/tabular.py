@@ -117,18 +117,18 @@ BINARY_TREE = tree(
 
 
 class Prefixes(nn.Module):
-    """The backbone: (B, L) ids → (B, L, D), the one-hot vector of all attended tokens so far."""
+    """The backbone: (B, L) ids → (B, L, D), the one-hot vector of all tokens so far."""
 
     def __init__(self, vocabulary: int, prefixes: int) -> None:
         super().__init__()
         self.vocabulary = vocabulary
         self.prefixes = prefixes
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: object) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, **_: object) -> SimpleNamespace:
         column = torch.zeros_like(input_ids[:, 0])
         columns = []
-        for token, seen in zip(input_ids.unbind(1), attention_mask.bool().unbind(1), strict=True):
-            column = torch.where(seen, column * (self.vocabulary + 1) + token + 1, column)
+        for token in input_ids.unbind(1):
+            column = column * (self.vocabulary + 1) + token + 1
             # the number of a whole response may be too large, but nothing is predicted after it
             columns.append(column % self.prefixes)
         states = F.one_hot(torch.stack(columns, 1), self.prefixes)

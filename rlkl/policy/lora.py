@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,15 +121,18 @@ def switched_off(lm: Any) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def unadapted(lm: Any) -> Callable[..., Any]:
+class Unadapted:
     """The backbone without the adapter, as a function without gradients."""
 
-    @torch.no_grad()
-    def backbone(**inputs: Any) -> Any:
-        with switched_off(lm):
-            return lm.base_model(**inputs)
+    def __init__(self, lm: Any) -> None:
+        self.lm = lm
+        self.config = lm.config
+        self.dtype = lm.dtype
 
-    return backbone
+    @torch.no_grad()
+    def __call__(self, **inputs: Any) -> Any:
+        with switched_off(self.lm):
+            return self.lm.base_model(**inputs)
 
 
 def restore(lm: Any, folder: Path) -> None:

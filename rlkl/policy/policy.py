@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 from rlkl.logprobs import Backend, token_logprobs
 from rlkl.logprobs.reference import head_logits
 from rlkl.policy import lora
+from rlkl.policy.attention import Unsupported, unsupported
 from rlkl.policy.critic import Critic, CriticKind
+from rlkl.policy.microbatches import microbatches
+from rlkl.policy.states import hidden_states
 from rlkl.types import Batch, Head, PolicyOutput
 
 KEEP_ALL = 2**62  # bytes of logits: no limit
@@ -28,13 +32,15 @@ class Policy(nn.Module):
         self.vocab_size = vocab_size  # of the tokenizer; more rows of the embedding are padding
         self.backend: Backend = "auto"  # of token_logprobs
         self.keep_bytes = 0  # of logits, kept from the forward to the backward pass
+        # Read each prompt once for all of its responses, where the model's attention allows it.
+        self.shared_prompts = unsupported(lm.base_model) is None
 
     def forward(self, batch: Batch, reference: Policy | None = None) -> PolicyOutput:
         """Log-probs, entropy and values of the sampled tokens; with a reference both exact KLs too.
 
         The reference's hidden states are taken from `batch.ref_states` if they are there.
         """
-        return self.read_states(hidden_states(self.backbone, batch), batch, reference)
+        return self.read_states(self.hidden_states(self.backbone, batch), batch, reference)
 
     def forward_in_chunks(
         self, batch: Batch, reference: Policy | None = None, *, tokens: int
@@ -45,7 +51,7 @@ class Policy(nn.Module):
         backward once, at the end. A chunk's logits live from its forward to its backward pass, so
         they are computed once and not twice: 3 matrix products instead of 4.
         """
-        hidden = hidden_states(self.backbone, batch)
+        hidden = self.hidden_states(self.backbone, batch)
         leaf = hidden.detach().requires_grad_(hidden.requires_grad)
         chunk = (batch.mask.sum(1).cumsum(0) - 1).clamp_min(0) // tokens
         start = 0
@@ -87,15 +93,15 @@ class Policy(nn.Module):
         values, last_values = None, None
         if self.critic is not None:
             if self.critic.backbone is not None:
-                hidden = hidden_states(self.critic.backbone, batch)
+                hidden = self.hidden_states(self.critic.backbone, batch)
             values, last_values = self.critic(hidden, batch)
         return PolicyOutput(**per_token, values=values, last_values=last_values)
 
     @torch.no_grad()
     def score(self, batch: Batch, max_tokens: int) -> PolicyOutput:
-        """`forward` without gradients, in micro-batches of at most `max_tokens` padded tokens."""
+        """`forward` without gradients, in micro-batches of at most `max_tokens` tokens."""
         full: dict[str, Tensor] = {}
-        for rows, micro in microbatches(batch, max_tokens):
+        for rows, micro in self.microbatches(batch, max_tokens):
             for name, x in self(micro)._asdict().items():
                 if x is not None:
                     shape = batch.mask.shape[: x.dim()]
@@ -110,8 +116,8 @@ class Policy(nn.Module):
         The states take M × D memory, where M × V logits would be needed to keep distributions.
         """
         logprobs = states = None
-        for rows, micro in microbatches(batch, max_tokens):
-            hidden = hidden_states(self.backbone, micro)
+        for rows, micro in self.microbatches(batch, max_tokens):
+            hidden = self.hidden_states(self.backbone, micro)
             scored = self.read_states(hidden, micro).logprobs
             if logprobs is None or states is None:
                 logprobs = scored.new_zeros(batch.mask.shape)
@@ -122,9 +128,30 @@ class Policy(nn.Module):
         assert states is not None
         return logprobs, states
 
+    def microbatches(self, batch: Batch, max_tokens: int) -> Iterator[tuple[list[int], Batch]]:
+        """(row indices, rows) of at most `max_tokens` tokens, as this policy reads them."""
+        return microbatches(batch, max_tokens, self.shared_prompts)
+
+    def hidden_states(self, backbone: Any, batch: Batch) -> Tensor:
+        """(B, T+1, D) states of the policy's backbone or the critic's: see states.py."""
+        if self.shared_prompts:
+            try:
+                return hidden_states(backbone, batch, shared_prompts=True)
+            except Unsupported as error:
+                self.read_prompts_again(str(error))
+        return hidden_states(backbone, batch, shared_prompts=False)
+
+    def read_prompts_again(self, reason: str) -> None:
+        """From here on, read each prompt once for each of its responses, and say why."""
+        self.shared_prompts = False
+        logging.getLogger("rlkl").warning(
+            f"{self.lm.config.model_type}: each prompt is read again for each of its responses "
+            f"({reason})"
+        )
+
     def states(self, batch: Batch) -> Tensor:
         """(B, T, D) the final hidden state *before* each response token, which predicts it."""
-        return hidden_states(self.backbone, batch)[:, :-1]
+        return self.hidden_states(self.backbone, batch)[:, :-1]
 
     @torch.no_grad()
     def constant_states(self, batch: Batch) -> Tensor:
@@ -167,73 +194,20 @@ class Policy(nn.Module):
         }
 
 
-def hidden_states(backbone: nn.Module, batch: Batch) -> Tensor:
-    """(B, T+1, D) final hidden states after 0, 1, …, T response tokens.
-
-    The only shift of the project is here: the state at index t has read t tokens of the response,
-    so it predicts token t.
-    """
-    attended = torch.cat([batch.prompt_mask, batch.attended], 1)
-    ids = torch.cat([batch.prompt_ids, batch.response_ids], 1).masked_fill(~attended, 0)
-    out = backbone(
-        input_ids=ids,
-        attention_mask=attended,
-        position_ids=positions(attended),
-        use_cache=False,
-    )
-    return out.last_hidden_state[:, batch.prompt_ids.shape[1] - 1 :]
-
-
-def positions(attended: Tensor) -> Tensor:
-    """(B, columns) bool → position ids that padding does not shift.
-
-    Models with learned positions need them; rotary positions hide a mistake here.
-    """
-    return (attended.long().cumsum(1) - 1).clamp_min(0)
-
-
-def microbatches(batch: Batch, max_tokens: int) -> Iterator[tuple[list[int], Batch]]:
-    """(row indices, trimmed batch): longest rows first, at most `max_tokens` padded tokens each.
-
-    A micro-batch holds at least one row, whatever its length.
-    """
-    prompts = batch.prompt_mask.sum(1).clamp_min(1).tolist()
-    responses = batch.attended.sum(1).clamp_min(1).tolist()
-    for rows in pack_by_tokens(list(zip(prompts, responses, strict=True)), max_tokens):
-        yield rows, batch[rows].trim()
-
-
-def pack_by_tokens(lengths: Sequence[tuple[int, ...]], max_tokens: int) -> Iterator[list[int]]:
-    """Indices, longest first, in lists that need at most `max_tokens` padded tokens.
-
-    lengths: of each item, one number for each part that is padded by itself, such as (prompt,
-    response). A list holds at least one item.
-    """
-    if not lengths:
-        return
-    rows: list[int] = []
-    widths = (0,) * len(lengths[0])
-    for i in sorted(range(len(lengths)), key=lambda i: -sum(lengths[i])):
-        wider = tuple(max(pair) for pair in zip(widths, lengths[i], strict=True))
-        if rows and (len(rows) + 1) * sum(wider) > max_tokens:
-            yield rows
-            rows, wider = [], lengths[i]
-        rows.append(i)
-        widths = wider
-    yield rows
-
-
 class UnadaptedPolicy(Policy):
     """A policy without its LoRA adapter, on the same tensors: a reference that takes no memory."""
 
     @property
     def backbone(self) -> Any:
-        return lora.unadapted(self.lm)
+        return lora.Unadapted(self.lm)
 
 
 def reference_of(policy: Policy) -> Policy:
     """The frozen first policy, for kl_ref: a copy, or the policy with its adapter switched off."""
     if lora.adapted(policy.lm):
-        return UnadaptedPolicy(policy.lm, vocab_size=policy.vocab_size).eval()
-    reference = Policy(copy.deepcopy(policy.lm), vocab_size=policy.vocab_size)
-    return reference.requires_grad_(False).eval()
+        reference = UnadaptedPolicy(policy.lm, vocab_size=policy.vocab_size)
+    else:
+        reference = Policy(copy.deepcopy(policy.lm), vocab_size=policy.vocab_size)
+        reference.requires_grad_(False)
+    reference.shared_prompts = policy.shared_prompts
+    return reference.eval()

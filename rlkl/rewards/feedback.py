@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from rlkl.errors import UserError
+from rlkl.policy.microbatches import pack_by_tokens
 from rlkl.policy.model import context_of, load
-from rlkl.policy.policy import Policy, pack_by_tokens
+from rlkl.policy.policy import Policy
 from rlkl.rollout.sampling import encode, left_pad
 from rlkl.types import Batch, Example
 
@@ -126,7 +127,7 @@ def next_logprobs(policy: Policy, rows: Sequence[list[int]], max_tokens: int) ->
     In micro-batches of at most `max_tokens` padded tokens.
     """
     logprobs: dict[int, Tensor] = {}
-    for indices in pack_by_tokens([(len(row),) for row in rows], max_tokens):
+    for indices in pack_by_tokens([len(row) for row in rows], max_tokens):
         ids, mask = left_pad([rows[i] for i in indices], 0, policy.lm.device)
         # A response of one token, whose id is never read: only the state before it is needed.
         one_token = torch.ones_like(mask[:, :1])

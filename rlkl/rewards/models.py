@@ -17,8 +17,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.utils import logging as hf_logging
 
 from rlkl.errors import UserError, first_line
+from rlkl.policy.microbatches import pack_by_tokens
 from rlkl.policy.model import context_of
-from rlkl.policy.policy import pack_by_tokens
 from rlkl.rollout.sampling import encode, right_pad
 from rlkl.types import Batch, Example
 
@@ -118,7 +118,7 @@ class RewardModel(nn.Module):
     def score(self, rows: Sequence[list[int]], max_tokens: int) -> Tensor:
         """`forward` without gradients, in micro-batches of at most `max_tokens` padded tokens."""
         scores = torch.zeros(len(rows), device=self.lm.device)
-        for indices in pack_by_tokens([(len(row),) for row in rows], max_tokens):
+        for indices in pack_by_tokens([len(row) for row in rows], max_tokens):
             scores[indices] = self([rows[i] for i in indices])
         return scores
 

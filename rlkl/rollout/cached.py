@@ -9,7 +9,8 @@ from einops import repeat
 from torch import Tensor
 
 from rlkl.errors import UserError
-from rlkl.policy.policy import Policy, positions
+from rlkl.policy.policy import Policy
+from rlkl.policy.states import positions
 from rlkl.rollout.sampling import sample_responses, sampling_mode
 from rlkl.types import Batch, SamplingParams
 

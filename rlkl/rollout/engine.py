@@ -20,7 +20,8 @@ from einops import repeat
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlkl.policy.policy import Policy, pack_by_tokens
+from rlkl.policy.microbatches import pack_by_tokens
+from rlkl.policy.policy import Policy
 from rlkl.rollout.cached import cached
 from rlkl.rollout.one_pass import one_pass
 from rlkl.rollout.sampling import cut_at_stop, sampling_mode
@@ -156,7 +157,7 @@ class ContinuousBatch:
         self.eos_ids = torch.tensor(params.eos_ids, device=device, dtype=torch.long)
 
         # The queue: prompts that are still to be read, and rows whose prompt has been read.
-        lengths = [(len(prompt),) for prompt in prompts]
+        lengths = [len(prompt) for prompt in prompts]
         self.prompt_chunks = list(pack_by_tokens(lengths, PREFILL_TOKENS))
         self.waiting: list[int] = []
         self.prefill_next_chunk()

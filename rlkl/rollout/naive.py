@@ -8,7 +8,8 @@ from __future__ import annotations
 from einops import repeat
 from torch import Tensor
 
-from rlkl.policy.policy import Policy, positions
+from rlkl.policy.policy import Policy
+from rlkl.policy.states import positions
 from rlkl.rollout.sampling import sample_responses, sampling_mode
 from rlkl.types import Batch, SamplingParams
 

@@ -242,7 +242,7 @@ class Optim:
     minibatch: PositiveInt | None = None
     """rows per optimizer step; by default the whole rollout"""
     micro_tokens: PositiveInt = 8192
-    """padded tokens per forward pass; bounds memory, never changes the gradient"""
+    """tokens per forward pass, each prompt once; bounds memory, never changes the gradient"""
     head_tokens: PositiveInt | None = None
     """response tokens per pass through unembedding and loss; by default the whole micro-batch"""
     weights: Literal["token", "sequence", "constant"] = "token"

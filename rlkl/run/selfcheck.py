@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from rlkl.errors import UserError
-from rlkl.policy.policy import microbatches
 from rlkl.rollout.sampling import draw_uniforms, generate
 from rlkl.run.build import Data, Models
 from rlkl.run.schema import Config
@@ -33,7 +32,7 @@ def selfcheck(cfg: Config, models: Models, data: Data, fresh: bool) -> str:
 
     scored = models.policy.score(batch, max_tokens=1).logprobs
     trained = torch.zeros_like(scored)
-    for rows, micro in microbatches(batch, cfg.optim.micro_tokens):
+    for rows, micro in models.policy.microbatches(batch, cfg.optim.micro_tokens):
         trained[rows, : micro.mask.shape[1]] = models.policy(micro).logprobs.detach()
     gaps = {"ratio": trained - scored, "sampler": batch.sampler_logprobs - scored}
     if fresh and models.reference is not None:

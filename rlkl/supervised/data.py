@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rlkl.errors import UserError
-from rlkl.policy.policy import pack_by_tokens
+from rlkl.policy.microbatches import pack_by_tokens
 from rlkl.rollout.sampling import ChatOptions, encode, left_pad, right_pad
 from rlkl.run.seeds import generator
 from rlkl.run.terminal import note
@@ -112,6 +112,6 @@ def minibatches(
 
 def microbatches(items: Sequence[Item], max_tokens: int) -> Iterator[list[Item]]:
     """Items, longest first, in lists of at most `max_tokens` padded tokens, or of one item."""
-    lengths = [(len(item.responses) * item.width,) for item in items]
+    lengths = [len(item.responses) * item.width for item in items]
     for indices in pack_by_tokens(lengths, max_tokens):
         yield [items[i] for i in indices]

@@ -1,0 +1,236 @@
+"""Each prompt read once for all of its responses, when scoring and when learning.
+
+The model reads a micro-batch as a single row of tokens, without padding:
+
+    prompt 1 | prompt 2 | … | response 1 | response 2 | …
+
+A response token sees its prompt and the earlier tokens of its own response, and its position counts
+on from the prompt: the same as if prompt and response stood alone. All layers but the attention
+work on each token by itself, so that a prompt costs them what it costs once. (Prefix Grouper,
+arXiv:2506.05433, shares prompts in the same way.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby
+from typing import NamedTuple
+
+import torch
+from einops import repeat
+from torch import Tensor
+from torch.nn import functional as F
+
+from rlkl.types import Batch
+
+# Short responses to a long prompt are one segment, up to this share of the prompt's length. They
+# read one copy of the prompt's keys, for at most a quarter more scores, which the mask hides.
+JOINED = 1 / 4
+SHORT = 32  # tokens: lengths up to here are of one size
+
+
+class Segment(NamedTuple):
+    """Tokens that follow each other and are attended to together: a prompt, or responses to it."""
+
+    is_prompt: bool
+    rows: list[int]  # of the batch: of the responses, or the first one that has this prompt
+    prefix: int  # tokens of the prompt before the responses; 0 for a prompt
+    length: int  # tokens
+
+    @property
+    def size(self) -> tuple[bool, int, int]:
+        """Segments of one size are padded to one another: within a factor of two."""
+        prefix, length = (max(n, SHORT).bit_length() for n in (self.prefix, self.length))
+        return not self.is_prompt, prefix, length
+
+
+@dataclass
+class PaddedSegments:
+    """R segments of similar sizes as a rectangle of attention: Q queries and K keys a row.
+
+    What is padding repeats a row's last token.
+    """
+
+    queries: Tensor  # (R, Q) places in the row of tokens
+    keys: Tensor  # (R, K): the prompt of the segment, then the segment itself
+    is_query: Tensor  # (R, Q) bool, False on padding
+    is_key: Tensor  # (R, K) bool
+    longest: int | None  # tokens of the longest segment, where none sees a prompt before it
+
+
+class SegmentLengths(NamedTuple):
+    """S segments one after the other, without padding, as flash attention reads them."""
+
+    keys: Tensor  # places in the row of tokens: of each segment its prompt, then itself
+    query_starts: Tensor  # (S+1,) int32: where each segment's queries start, and the end
+    key_starts: Tensor  # (S+1,) int32
+    most_queries: int  # of a segment
+    most_keys: int
+
+
+@dataclass
+class SharedPrompts:
+    """A micro-batch as one row of L tokens: each prompt once, each response once."""
+
+    ids: Tensor  # (1, L) long
+    positions: Tensor  # (1, L) long: of each token, in its prompt and response
+    response: Tensor  # (L,) long: the row of the batch that a token is from, -1 in a prompt
+    states: Tensor  # (B, T+1) long: where the prompt and 0, 1, …, T response tokens have been read
+    parts: list[PaddedSegments]  # in the order of the tokens; none where flash attention is used
+    lengths: SegmentLengths | None  # for flash attention
+    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    def mask(self, part: int, window: int | None, dtype: torch.dtype, heads: int) -> Tensor:
+        """(R, 1, heads · Q, K) to add to a part's scores: 0 where a query sees a key, else -inf.
+
+        heads: query heads that share a key head. All layers with the same window share a mask.
+        """
+        if (part, window) not in self.masks:
+            queries, keys = self.parts[part].queries[:, :, None], self.parts[part].keys[:, None]
+            same_response = self.response[queries] == self.response[keys]
+            distance = self.positions[0, queries] - self.positions[0, keys]
+            visible = (same_response | (self.response[keys] < 0)) & (distance >= 0)
+            visible &= self.parts[part].is_key[:, None]
+            if window is not None:
+                visible &= distance < window
+            zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+            bias = zeros.masked_fill(~visible, -torch.inf)
+            self.masks[part, window] = repeat(bias, "r q k -> r 1 (h q) k", h=heads)
+        return self.masks[part, window]
+
+
+# ------------------------------------------------------------------ the row of tokens
+
+
+def share_prompts(batch: Batch, flash: bool) -> SharedPrompts:
+    """Lay out a batch as one row of tokens. Rows whose prompts are equal share theirs.
+
+    flash: for flash attention, else for attention in padded parts.
+    """
+    first_rows = first_rows_of_prompts(batch)
+    prompt_lengths = batch.prompt_mask.sum(1).tolist()
+    lengths = batch.attended.sum(1).tolist()
+    ids = torch.cat([batch.prompt_ids, batch.response_ids], 1)
+    width, device = batch.prompt_ids.shape[1], ids.device
+    segments = arrange(first_rows, prompt_lengths, lengths, joined=0 if flash else JOINED)
+
+    # Of each token of the row: its row and its column in `ids`.
+    spans = []
+    for segment in segments:
+        for i in segment.rows:
+            span = (
+                (width - prompt_lengths[i], width)
+                if segment.is_prompt
+                else (width, width + lengths[i])
+            )
+            spans.append((i, *span))
+    row = torch.cat([torch.full((end - first,), i) for i, first, end in spans])
+    column = torch.cat([torch.arange(first, end) for _, first, end in spans])
+
+    # The state after t response tokens lies where the last of them was read.
+    place = torch.zeros(ids.shape, dtype=torch.long)
+    place[row, column] = torch.arange(len(row))
+    tokens_read = torch.arange(batch.mask.shape[1] + 1).minimum(torch.tensor(lengths)[:, None])
+    own_row, prompt_row = torch.arange(len(ids))[:, None], torch.tensor(first_rows)[:, None]
+    states = place[torch.where(tokens_read > 0, own_row, prompt_row), width - 1 + tokens_read]
+    placed = places(segments, first_rows)
+    return SharedPrompts(
+        ids=ids[row.to(device), column.to(device)][None],
+        positions=(column - width + torch.tensor(prompt_lengths)[row])[None].to(device),
+        response=torch.where(column < width, -1, row).to(device),
+        states=states.to(device),
+        parts=[] if flash else list(padded(segments, placed, device)),
+        lengths=segment_lengths(placed, device) if flash else None,
+    )
+
+
+def first_rows_of_prompts(batch: Batch) -> list[int]:
+    """(B) the first row that has the same prompt."""
+    prompts = batch.prompt_ids.masked_fill(~batch.prompt_mask, -1).cpu().numpy()
+    first_row: dict[bytes, int] = {}
+    return [first_row.setdefault(prompt.tobytes(), row) for row, prompt in enumerate(prompts)]
+
+
+def rows_by_prompt(first_rows: Sequence[int]) -> dict[int, list[int]]:
+    """The rows of each prompt, by its first row."""
+    rows_of: dict[int, list[int]] = {}
+    for row, first in enumerate(first_rows):
+        rows_of.setdefault(first, []).append(row)
+    return rows_of
+
+
+def arrange(
+    first_rows: Sequence[int], prompt_lengths: Sequence[int], lengths: Sequence[int], joined: float
+) -> list[Segment]:
+    """The segments of a batch in the order of the row: prompts, then responses, each by size.
+
+    joined: see JOINED; 0 = each response is a segment of its own.
+    """
+    segments = []
+    for first, rows in rows_by_prompt(first_rows).items():
+        prompt = prompt_lengths[first]
+        segments.append(Segment(True, [first], 0, prompt))
+        together: list[int] = []
+        length = 0
+        for row in sorted(rows, key=lambda row: -lengths[row]):
+            if together and length + lengths[row] > joined * prompt:
+                segments.append(Segment(False, together, prompt, length))
+                together, length = [], 0
+            together.append(row)
+            length += lengths[row]
+        segments.append(Segment(False, together, prompt, length))
+    return sorted((s for s in segments if s.length), key=lambda segment: segment.size)
+
+
+def places(segments: list[Segment], first_rows: Sequence[int]) -> Tensor:
+    """(S, 4) of each segment: start, length, start of its prompt, tokens of its prompt."""
+    ends = accumulate(segment.length for segment in segments)
+    starts = [end - segment.length for end, segment in zip(ends, segments, strict=True)]
+    prompt_starts = {
+        segment.rows[0]: start
+        for start, segment in zip(starts, segments, strict=True)
+        if segment.is_prompt
+    }
+    return torch.tensor(
+        [
+            (start, s.length, prompt_starts.get(first_rows[s.rows[0]], 0), s.prefix)
+            for start, s in zip(starts, segments, strict=True)
+        ]
+    )
+
+
+def padded(
+    segments: list[Segment], placed: Tensor, device: torch.device
+) -> Iterator[PaddedSegments]:
+    """Pad the segments of each size to one another. placed: as `places` returns it."""
+    counts = [len(list(of_one_size)) for _, of_one_size in groupby(segments, lambda s: s.size)]
+    for part in placed.to(device).split(counts):
+        start, length, prompt_start, prefix = part.T[..., None]  # (R, 1) each
+        query = torch.arange(int(length.max()), device=device)
+        key = torch.arange(int((prefix + length).max()), device=device)
+        own_key = start + (key - prefix).minimum(length - 1)
+        yield PaddedSegments(
+            queries=start + query.minimum(length - 1),
+            keys=torch.where(key < prefix, prompt_start + key, own_key),
+            is_query=query < length,
+            is_key=key < prefix + length,
+            longest=None if prefix.any() else len(query),
+        )
+
+
+def segment_lengths(placed: Tensor, device: torch.device) -> SegmentLengths:
+    """The segments for flash attention. placed: as `places` returns it."""
+    start, length, prompt_start, prefix = placed.T
+    keys = prefix + length
+    key_starts = F.pad(keys.cumsum(0), (1, 0))
+    segment = torch.arange(len(keys)).repeat_interleave(keys)
+    key = torch.arange(int(keys.sum())) - key_starts[segment]  # within its segment
+    own_key = start[segment] + key - prefix[segment]
+    return SegmentLengths(
+        keys=torch.where(key < prefix[segment], prompt_start[segment] + key, own_key).to(device),
+        query_starts=F.pad(length.cumsum(0), (1, 0)).int().to(device),
+        key_starts=key_starts.int().to(device),
+        most_queries=int(length.max()),
+        most_keys=int(keys.max()),
+    )
