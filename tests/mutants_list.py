@@ -385,7 +385,7 @@ MUTANTS = [
     Mutant("logprobs.reference", "logits_of_products", "A * B.scale", "A * 1.0", "logprobs"),
     Mutant(
         "logprobs.reference",
-        "reference",
+        "reference_logprobs",
         "A.gather(-1, B)",
         "A.exp().gather(-1, B)",
         "logprobs",
@@ -393,7 +393,7 @@ MUTANTS = [
     ),
     Mutant(
         "logprobs.reference",
-        "reference",
+        "reference_logprobs",
         "A._replace(kl_pi_ref=B, kl_ref_pi=C)",
         "A._replace(kl_pi_ref=C, kl_ref_pi=B)",
         "logprobs",
@@ -461,7 +461,7 @@ MUTANTS = [
     ),
     Mutant("logprobs.tiled", "tile_inputs", "A - B.start", "A", "tiles"),
     Mutant("logprobs.tiled", "tile_for", "B * max(A, 1)", "max(A, 1)", "tiles"),
-    Mutant("logprobs.tiled", "tiled", "1 / A", "A", "tiles"),
+    Mutant("logprobs.tiled", "tiled_logprobs", "1 / A", "A", "tiles"),
     # logprobs.tile_torch
     Mutant(
         "logprobs.tile_torch",

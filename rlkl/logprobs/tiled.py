@@ -47,9 +47,6 @@ class Plan:
     functions: TileFunctions
     tile: Shape
     keep_bytes: int = 0  # of logits, kept from forward to backward instead of computed again
-    # Pad the last tile's rows: all products then have one shape, so that the bits of a row do not
-    # depend on how many other rows there are.
-    pad: bool = False
 
 
 class Operands(NamedTuple):
@@ -63,7 +60,7 @@ class Operands(NamedTuple):
     ref_hidden: Tensor | None  # (M, D')
 
 
-def tiled(
+def tiled_logprobs(
     hidden: Tensor,
     head: Head,
     ids: Tensor,
@@ -73,11 +70,10 @@ def tiled(
     functions: TileFunctions = TORCH,
     tile: Shape | None = None,
     keep_bytes: int = 0,
-    pad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(M,) each: log-prob, entropy, KL(pi || ref), KL(ref || pi); the KLs None without a reference.
 
-    The arguments are those of `reference`. tile, keep_bytes, pad: see Plan.
+    The arguments are those of `reference_logprobs`. tile, keep_bytes: see Plan.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if not isinstance(temperature, Tensor):
@@ -94,12 +90,12 @@ def tiled(
         head,
         None if ref_hidden is None else ref_hidden.detach(),
         ref_head,
-        Plan(functions, tile, keep_bytes, pad),
+        Plan(functions, tile, keep_bytes),
     )
 
 
 class Tiled(torch.autograd.Function):
-    """The op of `tiled`: differentiable once, in hidden, weight and bias."""
+    """The op of `tiled_logprobs`: differentiable once, in hidden, weight and bias."""
 
     @staticmethod
     def forward(
@@ -207,23 +203,17 @@ def tile_products(
         z, r = ctx.kept[rows.start, columns.start]
         return z.clone(), _copy(r) if with_reference else None
 
-    height = rows.stop - rows.start
-    missing_rows = ctx.plan.tile.rows - height if ctx.plan.pad else 0
-    states = _pad_rows(hidden[rows], missing_rows)
+    states = hidden[rows]
     if ref_hidden is None or not with_reference:
-        return product(states, weight[columns])[:height], None
-    ref_states = _pad_rows(ref_hidden[rows], missing_rows)
+        return product(states, weight[columns]), None
+    ref_states = ref_hidden[rows]
     same_head = ctx.ref_head.weight is ctx.head.weight and ref_hidden.shape == hidden.shape
     if same_head:  # one product for both
         z, r = product(torch.cat([states, ref_states]), weight[columns]).chunk(2)
     else:
         z = product(states, weight[columns])
         r = product(ref_states, ctx.ref_head.weight[columns])
-    return z[:height], r[:height]
-
-
-def _pad_rows(x: Tensor, count: int) -> Tensor:
-    return torch.cat([x, x.new_zeros(count, x.shape[1])]) if count > 0 else x
+    return z, r
 
 
 def tile_inputs(ctx: Any, operands: Operands, rows: slice, columns: slice) -> TileInputs:

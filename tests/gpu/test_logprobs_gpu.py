@@ -26,7 +26,7 @@ from torch import Tensor
 from rlkl.logprobs import LOGITS_BUDGET, choose_backend, token_logprobs
 from rlkl.logprobs.reference import product
 from rlkl.logprobs.tile_torch import LogitTransform, Sums, TileInputs, Upstream, finish
-from rlkl.logprobs.tiled import Shape, add_product, tile_for, tiled
+from rlkl.logprobs.tiled import Shape, add_product, tile_for, tiled_logprobs
 from rlkl.types import Head
 
 pytest.importorskip("triton")
@@ -45,7 +45,7 @@ GB = 2**30
 def fused(c: Case, **options) -> tuple:
     from rlkl.logprobs.tile_triton import TRITON
 
-    return tiled(*c, functions=TRITON, **options)
+    return tiled_logprobs(*c, functions=TRITON, **options)
 
 
 def without_none(outputs: tuple) -> list[Tensor]:
@@ -53,7 +53,7 @@ def without_none(outputs: tuple) -> list[Tensor]:
 
 
 def compare(c: Case, dtype: torch.dtype, loose: float = 1.0, **options) -> None:
-    """Outputs and gradients on CUDA are those of `reference` in float64."""
+    """Outputs and gradients on CUDA are those of `reference_logprobs` in float64."""
     on_cuda = c.to(dtype, "cuda")
     outputs = fused(on_cuda, **options)
     expected, expected_gradients = specified(on_cuda, c.all_outputs)

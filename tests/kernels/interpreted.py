@@ -1,5 +1,5 @@
-"""The Triton kernels in Triton's interpreter, on the CPU: against `reference` in float64, and each
-against its twin in torch.
+"""The Triton kernels in Triton's interpreter, on the CPU: against `reference_logprobs` in float64,
+and each against its twin in torch.
 
 tests/test_kernels.py runs this file in a process of its own:
 TRITON_INTERPRET=1 pytest tests/kernels/interpreted.py
@@ -34,7 +34,7 @@ from torch import Tensor
 from rlkl.logprobs import tile_torch, tile_triton, token_logprobs
 from rlkl.logprobs.tile_torch import LogitTransform, Sums, TileInputs, Totals, Upstream
 from rlkl.logprobs.tile_triton import TRITON
-from rlkl.logprobs.tiled import Shape, tiled
+from rlkl.logprobs.tiled import Shape, tiled_logprobs
 from rlkl.rollout import sampling_triton
 from rlkl.rollout.one_pass import inverse_cdf
 from rlkl.rollout.sampling import pick
@@ -66,10 +66,10 @@ def compare(
     loose: float = 1.0,
     **options,
 ) -> None:
-    """Outputs and gradients of the kernels are those of `reference` in float64."""
+    """Outputs and gradients of the kernels are those of `reference_logprobs` in float64."""
     subset = subset or c.all_outputs
     narrow = c.to(dtype)
-    outputs = tiled(*narrow, functions=TRITON, tile=tile, **options)
+    outputs = tiled_logprobs(*narrow, functions=TRITON, tile=tile, **options)
     expected, expected_gradients = specified(narrow, subset)
     given = [x for x in outputs if x is not None]
     for a, b in zip(given, expected, strict=True):
@@ -138,7 +138,7 @@ def test_a_banned_id_has_probability_and_gradient_zero(ref, dtype):
     c, allowed = test_tiles.with_banned(ref)
     compare(c, dtype)
     narrow = c.to(dtype)
-    outputs = tiled(*narrow, functions=TRITON, tile=RAGGED)
+    outputs = tiled_logprobs(*narrow, functions=TRITON, tile=RAGGED)
     assert all(x.isfinite().all() for x in outputs if x is not None)
     for grad in gradients(outputs, narrow, c.all_outputs)[1:]:
         assert {i for i in range(V) if grad[i].any()} == set(allowed.tolist())
@@ -148,14 +148,14 @@ def test_a_banned_id_has_probability_and_gradient_zero(ref, dtype):
 def test_no_rows_and_one_row(ref):
     compare(case(HEADS["all"], ref, rows=1), torch.float32)
     c = case(HEADS["all"], ref, rows=0).to(torch.float32)
-    sum(x.sum() for x in tiled(*c, functions=TRITON) if x is not None).backward()
+    sum(x.sum() for x in tiled_logprobs(*c, functions=TRITON) if x is not None).backward()
     assert all(x.grad.shape == x.shape and not x.grad.any() for x in c.leaves)
 
 
 def test_a_second_backward_gives_the_same_gradients():
     for dtype, keep_bytes in ((torch.float32, 0), *((d, EVERYTHING) for d in DTYPES)):
         c = case(HEADS["all"], rows=5).to(dtype)
-        outputs = tiled(*c, functions=TRITON, tile=RAGGED, keep_bytes=keep_bytes)
+        outputs = tiled_logprobs(*c, functions=TRITON, tile=RAGGED, keep_bytes=keep_bytes)
         first = gradients(outputs, c, (0, 1, 2, 3), retain_graph=True)
         second = gradients(outputs, c, (0, 1, 2, 3), retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
