@@ -223,7 +223,7 @@ def test_a_frozen_unembedding_costs_no_product_for_its_gradient(backend, monkeyp
     monkeypatch.setattr(
         tiled,
         "add_product",
-        lambda total, a, b: in_place.append(2 * a.numel() * b.shape[1]),
+        lambda total, a, b, first: in_place.append(2 * a.numel() * b.shape[1]),
     )
 
     def operations(trained: bool) -> int:

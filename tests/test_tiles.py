@@ -18,8 +18,17 @@ from torch.utils._pytree import tree_leaves
 from rlkl import logprobs
 from rlkl.logprobs import choose_backend, tiled, token_logprobs
 from rlkl.logprobs.reference import head_logits, product, reference_logprobs, vocabulary
-from rlkl.logprobs.tile_torch import TileFunctions
-from rlkl.logprobs.tiled import Shape, tile_for, tiled_logprobs
+from rlkl.logprobs.tile_torch import TORCH, TileFunctions
+from rlkl.logprobs.tiled import (
+    Plan,
+    Shape,
+    add_product,
+    aligned_columns,
+    column_spans,
+    tile_for,
+    tiled_logprobs,
+)
+from rlkl.policy.policy import pack_by_tokens
 from rlkl.types import Head
 
 M, D, V = 11, 6, 37
@@ -44,6 +53,11 @@ REFERENCES = ("wider", "same width", "same head", "none")
 SUBSETS = [s for n in (1, 2, 3, 4) for s in itertools.combinations(range(4), n)]
 EVERYTHING = 10**9  # bytes of kept logits
 FLOATS = (torch.bfloat16, torch.float32, torch.float64)
+HOLLOW = TileFunctions(  # allocates nothing and does not overwrite a tile, as Triton's
+    lambda z, r, inputs, sums: None,
+    lambda z, r, inputs, totals, g, dtype: z,
+    accumulate_overwrites=False,
+)
 
 
 class Case(NamedTuple):
@@ -367,9 +381,9 @@ def count(monkeypatch):
         function = getattr(tiled, name)
         shapes[name] = []
 
-        def recorded(*args: Tensor) -> Any:
+        def recorded(*args: Tensor, **options: Any) -> Any:
             shapes[name].append(tuple(args[0].shape))
-            return function(*args)
+            return function(*args, **options)
 
         monkeypatch.setattr(tiled, name, recorded)
 
@@ -426,6 +440,26 @@ def test_kept_logits_are_not_multiplied_again_and_stay_within_their_bytes(count,
             assert sum(x.nbytes for x in kept) == M * V * 8 * (1 if ref == "none" else 2)
 
 
+def test_the_products_themselves_are_kept_where_accumulate_leaves_them_alone(monkeypatch):
+    """A copy only where it overwrites them. The backward pass lets go of each tile it has used."""
+    for functions, copied in ((HOLLOW, False), (TORCH, True)):
+        products = []
+
+        def recorded(*args: Tensor, products: list = products) -> Tensor:
+            products.append(product(*args))
+            return products[-1]
+
+        monkeypatch.setattr(tiled, "product", recorded)
+        c = case({}).to(torch.float64)
+        outputs = tiled_logprobs(*c, functions=functions, tile=RAGGED, keep_bytes=EVERYTHING)
+        kept = [x for pair in outputs[0].grad_fn.kept.values() for x in pair]
+        assert len(kept) == len(products) == 2 * GRID
+        for x, z in zip(kept, products, strict=True):
+            assert (x.data_ptr() != z.data_ptr()) == copied
+        gradients(outputs, c, c.all_outputs, retain_graph=True)
+        assert not outputs[0].grad_fn.kept
+
+
 @each_reference
 def test_a_second_backward_gives_the_same_gradients(ref):
     for keep_bytes in (0, 2000, EVERYTHING):
@@ -453,7 +487,7 @@ def test_a_frozen_head_and_frozen_states_cost_no_product(count, options):
         computed = gradients(outputs, c, (0, 1, 2, 3))
         assert len(count["add_product"]) == GRID
         # dh has M rows for each of GRID / 3 column tiles, dW has the columns for each row tile.
-        sizes = M * GRID // 3 if frozen == "head" else vocabulary(c.head) * GRID // 4
+        sizes = M * GRID // 3 if frozen == "head" else V * GRID // 4
         assert sum(shape[0] for shape in count["add_product"]) == sizes
         of_leaves = expected[:1] if frozen == "head" else expected[1:]
         torch.testing.assert_close(computed, of_leaves, rtol=0, atol=0)
@@ -504,6 +538,46 @@ def test_padding_rows_of_the_embedding_get_a_gradient_of_exactly_zero():
         assert not bias[V - 5 :].any()
         assert weight[: V - 5].any(1).all()
         assert bias[: V - 5].all()
+
+
+@pytest.mark.parametrize("ref", ["wider", "none"])
+def test_what_lies_in_the_padding_rows_of_the_embedding_changes_nothing(ref):
+    def with_padding(head: Head | None, value: float) -> Head | None:
+        if head is None:
+            return None
+        weight, bias = head.weight.clone(), head.bias.clone()
+        weight[V - 5 :] = bias[V - 5 :] = value
+        return head._replace(weight=weight, bias=bias)
+
+    results = []
+    for value in (0.0, 1e4):
+        c = case(HEADS["all"], ref)
+        c = c._replace(
+            head=with_padding(c.head, value), ref_head=with_padding(c.ref_head, value)
+        ).to(torch.float64)
+        outputs = tiled_logprobs(*c, tile=RAGGED)
+        results.append([x for x in outputs if x is not None])
+        results[-1] += gradients(outputs, c, c.all_outputs)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("total", "operands"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_the_first_product_is_written_and_the_next_ones_are_added(total, operands):
+    a, b = normal(5, 7, seed=0).to(operands), normal(7, 3, seed=1).to(operands)
+    once = torch.full((5, 3), torch.nan, dtype=total)
+    add_product(once, a, b, first=True)
+    assert torch.equal(once, (a @ b).to(total))
+    if total == operands:
+        twice = once.clone()
+        add_product(twice, a, b, first=False)
+        torch.testing.assert_close(twice, 2 * (a @ b), rtol=1e-6, atol=1e-6)
 
 
 @each_reference
@@ -593,20 +667,17 @@ def test_the_memory_meter_counts_what_is_alive():
 
 
 @pytest.mark.parametrize("ref", ["none", "wider"])
-def test_one_tile_of_logits_at_a_time_and_one_of_the_weights_gradient(ref):
-    """The loops with functions that allocate nothing, as Triton's: a tile, dh, a slice of dW."""
-    hollow = TileFunctions(
-        lambda z, r, inputs, sums: None, lambda z, r, inputs, totals, g, dtype: z
-    )
+def test_one_tile_of_logits_at_a_time_and_the_weights_gradient_is_summed_in_place(ref):
+    """The loops with functions that allocate nothing, as Triton's: a tile and dh."""
     tile = Shape(16, 1024)
     c = case({}, ref, rows=64, width=32, columns=4096).to(torch.float32)
     subset = (0, 1) if ref == "none" else (0, 2)
     logits = tile.rows * tile.columns * 4 * (1 if ref == "none" else 2)
-    weight_slice, states = tile.columns * 32 * 4, 64 * 32 * 4
-    used, *_ = peak_bytes(lambda c: tiled_logprobs(*c, functions=hollow, tile=tile), c, subset)
-    assert used <= 1.1 * (logits + weight_slice + states)
+    states = 64 * 32 * 4
+    used, *_ = peak_bytes(lambda c: tiled_logprobs(*c, functions=HOLLOW, tile=tile), c, subset)
+    assert used <= 1.1 * (logits + states)
     with MemoryMeter() as forward, torch.no_grad():
-        tiled_logprobs(*c, functions=hollow, tile=tile)
+        tiled_logprobs(*c, functions=HOLLOW, tile=tile)
     assert forward.most <= 1.1 * logits
 
 
@@ -730,7 +801,58 @@ def test_a_tile_fits_its_bytes_and_the_problem(cuda):
         assert 1 <= tile.rows <= max(rows, 1)
         assert 1 <= tile.columns <= columns
         assert tile.rows * tile.columns * bytes_each <= budget
-        assert tile.columns == columns or tile.columns % 256 == 0
+        assert tile.columns == columns or tile.columns.bit_count() == 1
+        assert 2 * tile.rows * tile.columns * bytes_each > budget or tile.columns == columns
+
+
+WEIGHTS = {  # rows of W, ids
+    "Qwen2.5": (151_936, 151_665),
+    "Llama 3": (128_256, 128_256),
+    "GPT-2": (50_257, 50_257),
+    "Llama 2": (32_000, 32_000),
+}
+
+
+def widths(rows: int, weight: int, vocab_size: int) -> set[int]:
+    """The columns of all tiles on a GPU: Triton compiles its kernels for each."""
+    head = Head(torch.empty(weight, 1, device="meta"), vocab_size=vocab_size)
+    columns = aligned_columns(head, None)
+    plan = Plan(TORCH, tile_for(rows, columns, 4, cuda=True), columns)
+    return {x.stop - x.start for x in column_spans(vocab_size, plan)}
+
+
+@pytest.mark.parametrize(("weight", "vocab_size"), WEIGHTS.values(), ids=WEIGHTS)
+def test_a_thousand_microbatches_compile_at_most_eight_widths(weight, vocab_size):
+    """With lengths like those of GSM8K."""
+    rng = torch.Generator().manual_seed(0)
+    prompts = (100 * torch.randn(16_384, generator=rng).mul(0.35).exp()).long().clamp(40, 400)
+    responses = (180 * torch.randn(16_384, generator=rng).mul(0.6).exp()).long().clamp(8, 1024)
+    lengths = list(zip(prompts.tolist(), responses.tolist(), strict=True))
+    token_counts = []
+    for micro_tokens, rows_of_a_step in ((8_192, 256), (16_384, 512), (32_768, 1024)):
+        for step in range(0, len(lengths), rows_of_a_step):
+            of_step = lengths[step : step + rows_of_a_step]
+            for rows in pack_by_tokens(of_step, micro_tokens):
+                token_counts.append(sum(of_step[i][1] for i in rows))
+    assert len(token_counts) >= 1000
+    assert len(set(token_counts)) >= 500
+    found = set().union(*(widths(n, weight, vocab_size) for n in token_counts))
+    assert len(found) <= 8
+
+
+@pytest.mark.parametrize(("weight", "vocab_size"), WEIGHTS.values(), ids=WEIGHTS)
+def test_columns_are_aligned_where_the_weight_has_the_rows(weight, vocab_size):
+    for rows in (1, 700, 3000, 8192, 50_000):
+        assert all(n % 128 == 0 for n in widths(rows, weight, vocab_size)) or weight % 128
+        head = Head(torch.empty(weight, 1, device="meta"), vocab_size=vocab_size)
+        plan = Plan(TORCH, tile_for(rows, weight, 4, cuda=True), aligned_columns(head, None))
+        ends = [0]
+        for columns in column_spans(vocab_size, plan):
+            assert columns.start == ends[-1] < min(columns.stop, vocab_size)
+            ends.append(columns.stop)
+        assert vocab_size <= ends[-1] <= weight
+    shorter = Head(torch.empty(vocab_size, 1, device="meta"))
+    assert aligned_columns(head, shorter) == vocab_size
 
 
 def test_the_vocabulary_is_the_columns_that_are_not_padding():

@@ -174,20 +174,25 @@ def test_fused_is_tiled_with_these_functions():
 ROWS, WIDTH = 5, 11
 
 
-def tile_inputs(capped: bool, biased: bool, dtype: torch.dtype) -> TileInputs:
+def tile_inputs(capped: bool, biased: bool, dtype: torch.dtype, valid: int = WIDTH) -> TileInputs:
     def transform(scale: float, softcap: float, seed: int) -> LogitTransform:
         bias = normal(WIDTH, seed=seed).to(dtype) if biased else None
         return LogitTransform(scale, softcap if capped else None, bias)
 
-    # In the tile before, in this one, in the next one.
-    ids = torch.tensor([-1, 0, WIDTH - 1, WIDTH, 4])
+    # In the tile before, in this one, in the padding or the next one.
+    ids = torch.tensor([-1, 0, valid - 1, valid, 4])
     inverse_temperature = torch.linspace(0.5, 2.0, ROWS).to(dtype)
-    return TileInputs(ids, inverse_temperature, transform(1.3, 2.0, 20), transform(0.7, 3.0, 21))
+    transforms = transform(1.3, 2.0, 20), transform(0.7, 3.0, 21)
+    return TileInputs(ids, inverse_temperature, *transforms, valid)
 
 
-def products(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A tile of products and one of the reference's: the same float32 numbers in every dtype."""
+def products(dtype: torch.dtype, valid: int = WIDTH) -> tuple[Tensor, Tensor]:
+    """A tile of products and one of the reference's: the same float32 numbers in every dtype.
+
+    Padding holds logits that would win.
+    """
     z, r = (normal(ROWS, WIDTH, seed=seed).mul(3).float().to(dtype) for seed in (0, 1))
+    z[:, valid:] = r[:, valid:] = 90.0
     return z, r
 
 
@@ -203,13 +208,17 @@ def partial_sums(reference: bool, dtype: torch.dtype) -> Sums:
 
 @pytest.mark.parametrize("reference", [False, True])
 def test_accumulate_adds_what_its_twin_adds(reference):
-    for capped, biased in itertools.product((False, True), (False, True)):
+    for capped, biased, valid in itertools.product((False, True), (False, True), (1, 9, WIDTH)):
         sums = []
         for dtype, functions in ((torch.float32, TRITON), (torch.float64, tile_torch.TORCH)):
-            z, r = products(dtype)
+            z, r = products(dtype, valid)
+            before = z.clone(), r.clone()
             sums.append(partial_sums(reference, dtype))
-            inputs = tile_inputs(capped, biased, dtype)
+            inputs = tile_inputs(capped, biased, dtype, valid)
             functions.accumulate(z, r if reference else None, inputs, sums[-1])
+            if not functions.accumulate_overwrites:
+                assert torch.equal(z, before[0])
+                assert torch.equal(r, before[1])
         for f in fields(Sums):
             a, b = (getattr(x, f.name) for x in sums)
             assert (a is None) == (b is None)
@@ -223,6 +232,7 @@ def dlogits_of(
     capped: bool,
     wide: torch.dtype,
     out: torch.dtype,
+    valid: int,
 ) -> tuple[Tensor, bool]:
     """∂loss/∂products for upstream gradients of a subset, and whether it lies in the tile."""
     entropy, kl = normal(ROWS, seed=41), normal(ROWS, seed=42)
@@ -231,19 +241,26 @@ def dlogits_of(
     grads = test_tiles.upstream(subset, torch.empty(ROWS, dtype=wide))
     by_index = dict(zip(subset, grads, strict=True))
     g = Upstream(*(by_index.get(i) for i in range(4)))
-    z, r = products(wide)
+    z, r = products(wide, valid)
     address = z.data_ptr()
     of_kl = subset[-1] >= 2
-    d = functions.dlogits(z, r if of_kl else None, tile_inputs(capped, True, wide), totals, g, out)
+    inputs = tile_inputs(capped, True, wide, valid)
+    d = functions.dlogits(z, r if of_kl else None, inputs, totals, g, out)
     return d, d.data_ptr() == address
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids=lambda s: "+".join(OUTPUTS[i] for i in s))
 def test_dlogits_is_its_twins_in_the_memory_of_the_tile(subset):
-    for capped, dtype in ((True, torch.float32), (True, torch.bfloat16), (False, torch.float32)):
-        d, in_place = dlogits_of(TRITON, subset, capped, torch.float32, dtype)
-        twin, _ = dlogits_of(tile_torch.TORCH, subset, capped, torch.float64, torch.float64)
+    for capped, dtype, valid in (
+        (True, torch.float32, WIDTH),
+        (True, torch.bfloat16, 9),
+        (False, torch.float32, 1),
+    ):
+        d, in_place = dlogits_of(TRITON, subset, capped, torch.float32, dtype, valid)
+        twin, _ = dlogits_of(tile_torch.TORCH, subset, capped, torch.float64, torch.float64, valid)
         assert in_place
+        assert not d[:, valid:].any()
+        assert not twin[:, valid:].any()
         assert (d.dtype, d.shape) == (dtype, twin.shape)
         # bf16 is rounded once; the interpreter rounds towards zero.
         rtol = 5e-6 if dtype == torch.float32 else 2**-7
