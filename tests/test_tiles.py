@@ -846,6 +846,7 @@ def test_columns_are_aligned_where_the_weight_has_the_rows(weight, vocab_size):
         assert all(n % 128 == 0 for n in widths(rows, weight, vocab_size)) or weight % 128
         head = Head(torch.empty(weight, 1, device="meta"), vocab_size=vocab_size)
         plan = Plan(TORCH, tile_for(rows, weight, 4, cuda=True), aligned_columns(head, None))
+        assert plan.columns < vocab_size + 128
         ends = [0]
         for columns in column_spans(vocab_size, plan):
             assert columns.start == ends[-1] < min(columns.stop, vocab_size)
