@@ -148,7 +148,8 @@ def on_a_tile(x: Inputs, mark: Callable[[], None]) -> tuple[Outputs, Outputs]:
         return logits if logits.is_cuda else logits.float().clone()  # torch's overwrite their tile
 
     transform = LogitTransform(1.0, None, None)
-    work = TileInputs(x.ids, torch.ones_like(x.upstream[0]), transform, transform)
+    columns = logits.shape[1]
+    work = TileInputs(x.ids, torch.ones_like(x.upstream[0]), transform, transform, columns)
     sums = Sums.start(len(logits), logits, reference=False)
     functions.accumulate(tile(), None, work, sums)
     done = finish(sums)

@@ -1078,9 +1078,9 @@ def test_the_logits_of_a_large_vocabulary_are_whole_or_in_tiles():
     assert size(1) == 6 * v * 4
     assert size(441) == 6 * whole * 4
     assert size(441, exact=True) == 2 * 6 * whole * 4
-    assert size(441, "model.logprobs=tiled") == 4 * 441 * 4608 * 4  # 2²¹ / 441 = 4755, to 256
-    assert size(442) == 4 * 442 * 4608 * 4
-    assert size(442, exact=True) == 6 * 442 * 4608 * 4
+    assert size(441, "model.logprobs=tiled") == 4 * 441 * 4096 * 4  # 2²¹ / 441 = 4755
+    assert size(442) == 4 * 442 * 4096 * 4
+    assert size(442, exact=True) == 6 * 442 * 4096 * 4
     assert size(20_000) == 4 * 512 * 4096 * 4
     assert size(20_000, cuda=True) == 4 * 8192 * 16_384 * 4
     assert size(20_000, "model.keep_logits_gb=2.5") == 4 * 512 * 4096 * 4 + 2_500_000_000

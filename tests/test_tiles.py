@@ -1,11 +1,10 @@
-"""`tiled` against `reference`, which holds all logits: values, gradients, memory, products.
+"""Tiles against the specification, which holds all logits: values, gradients, memory, products.
 
 The cases and the comparison also serve tests/kernels/ and tests/gpu/.
 """
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -17,14 +16,21 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from rlkl import logprobs
-from rlkl.logprobs import choose_backend, reference, token_logprobs
-from rlkl.logprobs.reference import head_logits, product, vocabulary
-from rlkl.logprobs.tile_torch import TileFunctions
-from rlkl.logprobs.tiled import Shape, tile_for, tiled
+from rlkl.logprobs import choose_backend, tiled, token_logprobs
+from rlkl.logprobs.reference import head_logits, product, reference_logprobs, vocabulary
+from rlkl.logprobs.tile_torch import TORCH, TileFunctions
+from rlkl.logprobs.tiled import (
+    Plan,
+    Shape,
+    add_product,
+    aligned_columns,
+    column_spans,
+    tile_for,
+    tiled_logprobs,
+)
+from rlkl.policy.policy import pack_by_tokens
 from rlkl.types import Head
 
-# The package has a function of the same name, which hides the module.
-tiled_module = importlib.import_module("rlkl.logprobs.tiled")
 M, D, V = 11, 6, 37
 OUTPUTS = ("logprobs", "entropy", "kl_pi_ref", "kl_ref_pi")
 HEADS = {  # what models do to h @ W.T before the softmax
@@ -47,10 +53,15 @@ REFERENCES = ("wider", "same width", "same head", "none")
 SUBSETS = [s for n in (1, 2, 3, 4) for s in itertools.combinations(range(4), n)]
 EVERYTHING = 10**9  # bytes of kept logits
 FLOATS = (torch.bfloat16, torch.float32, torch.float64)
+HOLLOW = TileFunctions(  # allocates nothing and does not overwrite a tile, as Triton's
+    lambda z, r, inputs, sums: None,
+    lambda z, r, inputs, totals, g, dtype: z,
+    accumulate_overwrites=False,
+)
 
 
 class Case(NamedTuple):
-    """The arguments of `reference` and `tiled`."""
+    """The arguments of `reference_logprobs` and `tiled_logprobs`."""
 
     hidden: Tensor
     head: Head
@@ -161,17 +172,17 @@ def gradients(outputs: tuple, c: Case, subset: tuple[int, ...], **options: Any) 
 
 
 def specified(c: Case, subset: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs and gradients of `reference` in float64."""
+    """Outputs and gradients of `reference_logprobs` in float64."""
     c = c.to(torch.float64, c.hidden.device.type)
-    outputs = reference(*c, True, 0)
+    outputs = reference_logprobs(*c, True, 0)
     return [x for x in outputs if x is not None], gradients(outputs, c, subset)
 
 
 def compare(c: Case, subset: tuple[int, ...] | None = None, **options: Any) -> None:
-    """Outputs and gradients of `tiled` in float64 are those of `reference`."""
+    """Outputs and gradients of `tiled_logprobs` in float64 are those of `reference_logprobs`."""
     subset = subset or c.all_outputs
     wide = c.to(torch.float64)
-    outputs = tiled(*wide, **options)
+    outputs = tiled_logprobs(*wide, **options)
     expected, expected_gradients = specified(c, subset)
     given = [x for x in outputs if x is not None]
     torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-12)
@@ -229,13 +240,6 @@ def test_no_tile_shape_no_reference_and_no_kept_logits_change_anything(options, 
 
 
 @each_reference
-@each_head
-def test_padded_tiles_change_no_value_and_no_gradient(options, ref):
-    for keep_bytes in (0, 500, EVERYTHING):
-        compare(case(options, ref), tile=RAGGED, keep_bytes=keep_bytes, pad=True)
-
-
-@each_reference
 def test_a_temperature_is_a_number_or_one_per_row(ref):
     c = case(HEADS["all"], ref)
     for temperature in (1.0, 0.3, 3, torch.tensor(0.8)):
@@ -258,7 +262,10 @@ def test_the_reference_may_have_other_options_than_the_policy():
 def test_the_reference_may_be_padded_to_another_length():
     c = case(HEADS["padded"])
     longer = c.ref_head._replace(weight=torch.cat([c.ref_head.weight, normal(9, D + 3, seed=50)]))
-    expected, outputs = tiled(*c, tile=RAGGED), tiled(*c._replace(ref_head=longer), tile=RAGGED)
+    expected, outputs = (
+        tiled_logprobs(*c, tile=RAGGED),
+        tiled_logprobs(*c._replace(ref_head=longer), tile=RAGGED),
+    )
     assert all(torch.equal(a, b) for a, b in zip(expected, outputs, strict=True))
 
 
@@ -278,7 +285,7 @@ def test_one_row(ref):
 def test_no_rows_give_a_differentiable_zero(options, ref):
     for keep_bytes in (0, EVERYTHING):
         c = case(options, ref, rows=0).to(torch.float64)
-        outputs = [x for x in tiled(*c, keep_bytes=keep_bytes) if x is not None]
+        outputs = [x for x in tiled_logprobs(*c, keep_bytes=keep_bytes) if x is not None]
         assert {tuple(x.shape) for x in outputs} == {(0,)}
         sum(x.sum() for x in outputs).backward()
         assert all(x.grad.shape == x.shape and not x.grad.any() for x in c.leaves)
@@ -302,14 +309,14 @@ def test_logits_of_ten_thousand(ref):
     assert head_logits(c.hidden, c.head).abs().max() >= 1e4
     expected, expected_gradients = specified(c, c.all_outputs)
     wide = c.to(torch.float64)
-    outputs = tiled(*wide, tile=RAGGED)
+    outputs = tiled_logprobs(*wide, tile=RAGGED)
     given = [x for x in outputs if x is not None]
     torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-10)
     pairs = zip(gradients(outputs, wide, c.all_outputs), expected_gradients, strict=True)
     for a, b in pairs:  # products of numbers of 1e4 that cancel
         assert (a - b).abs().max() <= 2e-11 * max(b.abs().max().item(), 1e5)
     narrow = c.to(torch.float32)
-    outputs = tiled(*narrow, tile=RAGGED)
+    outputs = tiled_logprobs(*narrow, tile=RAGGED)
     computed = gradients(outputs, narrow, c.all_outputs)
     assert all(x.isfinite().all() for x in (*outputs, *computed) if x is not None)
 
@@ -321,7 +328,7 @@ def test_a_banned_id_has_probability_and_gradient_zero(ref, keep_bytes):
     banned = [i for i in range(V) if i not in allowed]
     compare(c, tile=RAGGED, keep_bytes=keep_bytes)
     wide = c.to(torch.float64)
-    outputs = tiled(*wide, tile=RAGGED, keep_bytes=keep_bytes)
+    outputs = tiled_logprobs(*wide, tile=RAGGED, keep_bytes=keep_bytes)
     _, weight, bias = gradients(outputs, wide, c.all_outputs)
     assert not weight[banned].any()
     assert not bias[banned].any()
@@ -355,7 +362,7 @@ def test_gradcheck(options, output):
         ) -> Tensor:
             head = c.head if weight is None else c.head._replace(weight=weight, bias=bias)
             moved = c._replace(hidden=hidden, head=head)
-            return tiled(*moved, tile=Shape(2, 3), keep_bytes=keep_bytes)[output]
+            return tiled_logprobs(*moved, tile=Shape(2, 3), keep_bytes=keep_bytes)[output]
 
         # With one head for both, a change of the weight would change the reference too.
         leaves = c.leaves[:1] if ref == "same head" else c.leaves
@@ -371,14 +378,14 @@ def count(monkeypatch):
     shapes: dict[str, list] = {}
 
     def record(name: str) -> None:
-        function = getattr(tiled_module, name)
+        function = getattr(tiled, name)
         shapes[name] = []
 
-        def recorded(*args: Tensor) -> Any:
+        def recorded(*args: Tensor, **options: Any) -> Any:
             shapes[name].append(tuple(args[0].shape))
-            return function(*args)
+            return function(*args, **options)
 
-        monkeypatch.setattr(tiled_module, name, recorded)
+        monkeypatch.setattr(tiled, name, recorded)
 
     record("product")
     record("add_product")
@@ -395,7 +402,7 @@ def test_the_reference_is_multiplied_again_only_for_the_gradient_of_a_kl(count, 
     for subset in SUBSETS:
         c = case({}, ref).to(torch.float64)
         count["product"].clear()
-        outputs = tiled(*c, tile=RAGGED)
+        outputs = tiled_logprobs(*c, tile=RAGGED)
         assert len(count["product"]) == forward
         count["product"].clear()
         gradients(outputs, c, subset)
@@ -408,7 +415,7 @@ def test_the_reference_is_multiplied_again_only_for_the_gradient_of_a_kl(count, 
 
 def test_no_upstream_gradient_at_all_costs_nothing(count):
     c = case({}).to(torch.float64)
-    outputs = tiled(*c, tile=RAGGED)
+    outputs = tiled_logprobs(*c, tile=RAGGED)
     products = len(count["product"])
     assert outputs[0].grad_fn.apply(None, None, None, None) == (None,) * 9
     assert len(count["product"]) == products
@@ -419,7 +426,7 @@ def test_kept_logits_are_not_multiplied_again_and_stay_within_their_bytes(count,
     for keep_bytes in (0, 799, 800, 2000, 10_000, EVERYTHING):
         c = case({}, ref).to(torch.float64)
         count["product"].clear()
-        outputs = tiled(*c, tile=RAGGED, keep_bytes=keep_bytes)
+        outputs = tiled_logprobs(*c, tile=RAGGED, keep_bytes=keep_bytes)
         tiles = outputs[0].grad_fn.kept.values()
         kept = [x for pair in tiles for x in pair if x is not None]
         assert sum(x.nbytes for x in kept) <= keep_bytes
@@ -433,11 +440,31 @@ def test_kept_logits_are_not_multiplied_again_and_stay_within_their_bytes(count,
             assert sum(x.nbytes for x in kept) == M * V * 8 * (1 if ref == "none" else 2)
 
 
+def test_the_products_themselves_are_kept_where_accumulate_leaves_them_alone(monkeypatch):
+    """A copy only where it overwrites them. The backward pass lets go of each tile it has used."""
+    for functions, copied in ((HOLLOW, False), (TORCH, True)):
+        products = []
+
+        def recorded(*args: Tensor, products: list = products) -> Tensor:
+            products.append(product(*args))
+            return products[-1]
+
+        monkeypatch.setattr(tiled, "product", recorded)
+        c = case({}).to(torch.float64)
+        outputs = tiled_logprobs(*c, functions=functions, tile=RAGGED, keep_bytes=EVERYTHING)
+        kept = [x for pair in outputs[0].grad_fn.kept.values() for x in pair]
+        assert len(kept) == len(products) == 2 * GRID
+        for x, z in zip(kept, products, strict=True):
+            assert (x.data_ptr() != z.data_ptr()) == copied
+        gradients(outputs, c, c.all_outputs, retain_graph=True)
+        assert not outputs[0].grad_fn.kept
+
+
 @each_reference
 def test_a_second_backward_gives_the_same_gradients(ref):
     for keep_bytes in (0, 2000, EVERYTHING):
         c = case(HEADS["all"], ref).to(torch.float64)
-        outputs = tiled(*c, tile=RAGGED, keep_bytes=keep_bytes)
+        outputs = tiled_logprobs(*c, tile=RAGGED, keep_bytes=keep_bytes)
         first = gradients(outputs, c, c.all_outputs, retain_graph=True)
         second = gradients(outputs, c, c.all_outputs, retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -449,18 +476,18 @@ def test_a_second_backward_gives_the_same_gradients(ref):
 @pytest.mark.parametrize("options", [HEADS["plain"], HEADS["all"]], ids=["plain", "all"])
 def test_a_frozen_head_and_frozen_states_cost_no_product(count, options):
     trained = case(options).to(torch.float64)
-    expected = gradients(tiled(*trained, tile=RAGGED), trained, (0, 1, 2, 3))
+    expected = gradients(tiled_logprobs(*trained, tile=RAGGED), trained, (0, 1, 2, 3))
     for frozen, keep_bytes in itertools.product(("head", "hidden"), (0, EVERYTHING)):
         c = case(options).to(torch.float64)
         for x in (c.head.weight, c.head.bias) if frozen == "head" else (c.hidden,):
             if x is not None:
                 x.requires_grad_(False)
         count["add_product"].clear()
-        outputs = tiled(*c, tile=RAGGED, keep_bytes=keep_bytes)
+        outputs = tiled_logprobs(*c, tile=RAGGED, keep_bytes=keep_bytes)
         computed = gradients(outputs, c, (0, 1, 2, 3))
         assert len(count["add_product"]) == GRID
         # dh has M rows for each of GRID / 3 column tiles, dW has the columns for each row tile.
-        sizes = M * GRID // 3 if frozen == "head" else vocabulary(c.head) * GRID // 4
+        sizes = M * GRID // 3 if frozen == "head" else V * GRID // 4
         assert sum(shape[0] for shape in count["add_product"]) == sizes
         of_leaves = expected[:1] if frozen == "head" else expected[1:]
         torch.testing.assert_close(computed, of_leaves, rtol=0, atol=0)
@@ -468,26 +495,28 @@ def test_a_frozen_head_and_frozen_states_cost_no_product(count, options):
 
 def test_nothing_is_kept_where_no_gradient_is_needed(monkeypatch):
     contexts: list = []
-    forward = tiled_module.Tiled.forward
+    forward = tiled.Tiled.forward
 
     def recorded(ctx: Any, *args: Any) -> Any:
         contexts.append(ctx)
         return forward(ctx, *args)
 
-    monkeypatch.setattr(tiled_module.Tiled, "forward", recorded)
+    monkeypatch.setattr(tiled.Tiled, "forward", recorded)
     c = case({}).to(torch.float64)
     with torch.no_grad():
-        tiled(*c, tile=RAGGED, keep_bytes=EVERYTHING)
+        tiled_logprobs(*c, tile=RAGGED, keep_bytes=EVERYTHING)
     for x in c.leaves:
         x.requires_grad_(False)
-    outputs = tiled(*c, tile=RAGGED, keep_bytes=EVERYTHING)
+    outputs = tiled_logprobs(*c, tile=RAGGED, keep_bytes=EVERYTHING)
     assert not any(x.requires_grad for x in outputs)
     assert [ctx.kept for ctx in contexts] == [{}, {}]
 
 
 def test_a_second_derivative_is_refused():
     c = case({}, "none").to(torch.float64)
-    (grad,) = torch.autograd.grad(tiled(*c, tile=RAGGED)[0].sum(), c.hidden, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        tiled_logprobs(*c, tile=RAGGED)[0].sum(), c.hidden, create_graph=True
+    )
     with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
         torch.autograd.grad(grad.sum(), c.hidden)
 
@@ -496,19 +525,59 @@ def test_the_reference_gets_no_gradient():
     for ref in ("wider", "same width", "same head"):
         c = case(HEADS["all"], ref).to(torch.float64)
         c.ref_hidden.requires_grad_()
-        kl = tiled(*c, tile=RAGGED)[2].sum()
+        kl = tiled_logprobs(*c, tile=RAGGED)[2].sum()
         assert torch.autograd.grad(kl, c.ref_hidden, allow_unused=True) == (None,)
 
 
 def test_padding_rows_of_the_embedding_get_a_gradient_of_exactly_zero():
     for dtype, keep_bytes in itertools.product(FLOATS, (0, EVERYTHING)):
         c = case(HEADS["all"]).to(dtype)
-        outputs = tiled(*c, tile=RAGGED, keep_bytes=keep_bytes)
+        outputs = tiled_logprobs(*c, tile=RAGGED, keep_bytes=keep_bytes)
         _, weight, bias = gradients(outputs, c, (0, 1, 2, 3))
         assert not weight[V - 5 :].any()
         assert not bias[V - 5 :].any()
         assert weight[: V - 5].any(1).all()
         assert bias[: V - 5].all()
+
+
+@pytest.mark.parametrize("ref", ["wider", "none"])
+def test_what_lies_in_the_padding_rows_of_the_embedding_changes_nothing(ref):
+    def with_padding(head: Head | None, value: float) -> Head | None:
+        if head is None:
+            return None
+        weight, bias = head.weight.clone(), head.bias.clone()
+        weight[V - 5 :] = bias[V - 5 :] = value
+        return head._replace(weight=weight, bias=bias)
+
+    results = []
+    for value in (0.0, 1e4):
+        c = case(HEADS["all"], ref)
+        c = c._replace(
+            head=with_padding(c.head, value), ref_head=with_padding(c.ref_head, value)
+        ).to(torch.float64)
+        outputs = tiled_logprobs(*c, tile=RAGGED)
+        results.append([x for x in outputs if x is not None])
+        results[-1] += gradients(outputs, c, c.all_outputs)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("total", "operands"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_the_first_product_is_written_and_the_next_ones_are_added(total, operands):
+    a, b = normal(5, 7, seed=0).to(operands), normal(7, 3, seed=1).to(operands)
+    once = torch.full((5, 3), torch.nan, dtype=total)
+    add_product(once, a, b, first=True)
+    assert torch.equal(once, (a @ b).to(total))
+    if total == operands:
+        twice = once.clone()
+        add_product(twice, a, b, first=False)
+        torch.testing.assert_close(twice, 2 * (a @ b), rtol=1e-6, atol=1e-6)
 
 
 @each_reference
@@ -519,7 +588,7 @@ def test_arguments_and_upstream_gradients_are_not_written_to(options, ref):
         grads = upstream(c.all_outputs, c.hidden)
         arguments = [x for x in tree_leaves((c, grads)) if isinstance(x, Tensor)]
         before = [(x.detach().clone(), x._version) for x in arguments]
-        outputs = tiled(*c, tile=RAGGED, keep_bytes=keep_bytes)
+        outputs = tiled_logprobs(*c, tile=RAGGED, keep_bytes=keep_bytes)
         torch.autograd.grad([outputs[i] for i in c.all_outputs], c.leaves, grads)
         for x, (value, version) in zip(arguments, before, strict=True):
             assert torch.equal(x, value)
@@ -529,7 +598,7 @@ def test_arguments_and_upstream_gradients_are_not_written_to(options, ref):
 def test_outputs_are_at_least_float32_and_gradients_have_the_dtype_of_their_tensor():
     for dtype in (torch.float16, *FLOATS):
         c = case(HEADS["all"]).to(dtype)
-        outputs = tiled(*c, tile=RAGGED)
+        outputs = tiled_logprobs(*c, tile=RAGGED)
         assert {x.dtype for x in outputs} == {torch.promote_types(dtype, torch.float32)}
         for grad, leaf in zip(gradients(outputs, c, (0, 1)), c.leaves, strict=True):
             assert (grad.dtype, grad.shape) == (leaf.dtype, leaf.shape)
@@ -542,7 +611,7 @@ def test_kl_to_a_copy_is_exactly_zero_and_to_the_same_head_zero_up_to_rounding(d
         same_head = same_head._replace(ref_hidden=same_head.hidden.detach().clone())
         copy = same_head.head._replace(weight=same_head.head.weight.detach().clone())
         for c, bound in ((same_head._replace(ref_head=copy), 0.0), (same_head, 1e-6)):
-            outputs = tiled(*c, tile=RAGGED)
+            outputs = tiled_logprobs(*c, tile=RAGGED)
             assert outputs[2].abs().max() <= bound
             assert outputs[3].abs().max() <= bound
             assert all(x.abs().max() < 1e-5 for x in gradients(outputs, c, (2, 3)))
@@ -550,13 +619,13 @@ def test_kl_to_a_copy_is_exactly_zero_and_to_the_same_head_zero_up_to_rounding(d
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_row_has_the_same_bits_whatever_the_other_rows_are(dtype):
-    """At the same place in a row tile of the same size. `pad` makes all row tiles that size."""
+    """At the same place in a row tile of the same size."""
     rows, tile = 48, Shape(16, 300)
     options = HEADS["all"] | {"vocab_size": 995}
     c = per_row(case(options, rows=rows, width=96, columns=1000)).to(dtype)
     other = case({}, rows=rows, width=96, seed=50).to(dtype)
     with torch.no_grad():
-        expected = tiled(*c, tile=tile)
+        expected = tiled_logprobs(*c, tile=tile)
         for fixed in (slice(0, 1), slice(7, 9), slice(15, 17), slice(20, 48)):
             is_fixed = torch.zeros(rows, 1, dtype=torch.bool)
             is_fixed[fixed] = True
@@ -569,24 +638,10 @@ def test_a_row_has_the_same_bits_whatever_the_other_rows_are(dtype):
             last = first + 16 * math.ceil((fixed.stop - first) / 16)
             fewer = Case(*(x[first:last] if isinstance(x, Tensor) else x for x in changed))
             for among, offset in ((changed, 0), (fewer, first)):
-                outputs = tiled(*among, tile=tile)
+                outputs = tiled_logprobs(*among, tile=tile)
                 here = slice(fixed.start - offset, fixed.stop - offset)
                 for a, b in zip(expected, outputs, strict=True):
                     assert torch.equal(a[fixed], b[here])
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-@each_reference
-def test_padded_tiles_give_a_row_the_same_bits_for_any_number_of_rows(ref, dtype):
-    tile = Shape(16, 300)
-    options = HEADS["all"] | {"vocab_size": 995}
-    c = per_row(case(options, ref, rows=48, width=96, columns=1000)).to(dtype)
-    with torch.no_grad():
-        expected = tiled(*c, tile=tile, pad=True)
-        for n in (1, 5, 16, 17, 47):
-            fewer = Case(*(x[:n] if isinstance(x, Tensor) else x for x in c))
-            for a, b in zip(expected, tiled(*fewer, tile=tile, pad=True), strict=True):
-                assert a is b is None or torch.equal(a[:n], b)
 
 
 # ---------------------------------------------------------------- memory and rounding at real sizes
@@ -612,20 +667,17 @@ def test_the_memory_meter_counts_what_is_alive():
 
 
 @pytest.mark.parametrize("ref", ["none", "wider"])
-def test_one_tile_of_logits_at_a_time_and_one_of_the_weights_gradient(ref):
-    """The loops with functions that allocate nothing, as Triton's: a tile, dh, a slice of dW."""
-    hollow = TileFunctions(
-        lambda z, r, inputs, sums: None, lambda z, r, inputs, totals, g, dtype: z
-    )
+def test_one_tile_of_logits_at_a_time_and_the_weights_gradient_is_summed_in_place(ref):
+    """The loops with functions that allocate nothing, as Triton's: a tile and dh."""
     tile = Shape(16, 1024)
     c = case({}, ref, rows=64, width=32, columns=4096).to(torch.float32)
     subset = (0, 1) if ref == "none" else (0, 2)
     logits = tile.rows * tile.columns * 4 * (1 if ref == "none" else 2)
-    weight_slice, states = tile.columns * 32 * 4, 64 * 32 * 4
-    used, *_ = peak_bytes(lambda c: tiled(*c, functions=hollow, tile=tile), c, subset)
-    assert used <= 1.1 * (logits + weight_slice + states)
+    states = 64 * 32 * 4
+    used, *_ = peak_bytes(lambda c: tiled_logprobs(*c, functions=HOLLOW, tile=tile), c, subset)
+    assert used <= 1.1 * (logits + states)
     with MemoryMeter() as forward, torch.no_grad():
-        tiled(*c, functions=hollow, tile=tile)
+        tiled_logprobs(*c, functions=HOLLOW, tile=tile)
     assert forward.most <= 1.1 * logits
 
 
@@ -637,8 +689,8 @@ def vocabulary_of_32000(rows: int) -> Case:
 
 def test_a_real_vocabulary_takes_an_eighth_of_the_memory():
     c = vocabulary_of_32000(512).to(torch.float32)
-    naive, _, expected = peak_bytes(lambda c: reference(*c, True, 0), c, (0, 1))
-    used, _, grads = peak_bytes(lambda c: tiled(*c), c, (0, 1))
+    naive, _, expected = peak_bytes(lambda c: reference_logprobs(*c, True, 0), c, (0, 1))
+    used, _, grads = peak_bytes(lambda c: tiled_logprobs(*c), c, (0, 1))
     assert used <= naive / 8
     assert max(relative(a, b.double()) for a, b in zip(grads, expected, strict=True)) <= 1e-5
 
@@ -646,7 +698,7 @@ def test_a_real_vocabulary_takes_an_eighth_of_the_memory():
 def test_float32_at_a_real_vocabulary_is_float64_to_1e_5():
     c = vocabulary_of_32000(96)
     narrow = c.to(torch.float32)
-    outputs = tiled(*narrow, tile=Shape(64, 4096))
+    outputs = tiled_logprobs(*narrow, tile=Shape(64, 4096))
     expected, expected_gradients = specified(c, (0, 1))
     for a, b in zip(outputs[:2], expected, strict=True):
         assert (a - b).abs().max() <= 1e-5
@@ -670,7 +722,7 @@ def test_logprobs_of_bf16_operands_are_those_of_float64_to_2e_5(rows, width, col
     c = peaked(rows, width, columns)
     assert 5.5 < product(c.hidden[:64], c.head.weight).std() < 6.5
     with torch.no_grad():
-        logprobs, entropy, *_ = tiled(*c)
+        logprobs, entropy, *_ = tiled_logprobs(*c)
         hidden = c.hidden.double()
         z = torch.cat([hidden @ part.double().T for part in c.head.weight.split(8000)], 1)
         logp = z.log_softmax(1)
@@ -685,7 +737,7 @@ def test_logprobs_of_bf16_operands_are_those_of_float64_to_2e_5(rows, width, col
 def test_gradients_of_bf16_operands_are_those_of_float64_to_3e_3(rows, width):
     c = peaked(rows, width, 8_000)
     narrow = c.to(torch.bfloat16)
-    outputs = tiled(*narrow, tile=Shape(rows // 2, 2500))
+    outputs = tiled_logprobs(*narrow, tile=Shape(rows // 2, 2500))
     expected = specified(c, (0, 1))[1]
     for a, b in zip(gradients(outputs, narrow, (0, 1)), expected, strict=True):
         assert a.dtype == torch.bfloat16
@@ -741,7 +793,7 @@ def test_keep_bytes_reach_the_tiles():
 
 @pytest.mark.parametrize("cuda", [False, True])
 def test_a_tile_fits_its_bytes_and_the_problem(cuda):
-    budget = tiled_module.TILE_BYTES if cuda else tiled_module.TILE_BYTES_CPU
+    budget = tiled.TILE_BYTES if cuda else tiled.TILE_BYTES_CPU
     all_rows = (0, 1, 7, 512, 9000, 10**6)
     all_columns = (1, 255, 256, 32_000, 151_936)
     for rows, columns, bytes_each in itertools.product(all_rows, all_columns, (4, 8)):
@@ -749,7 +801,59 @@ def test_a_tile_fits_its_bytes_and_the_problem(cuda):
         assert 1 <= tile.rows <= max(rows, 1)
         assert 1 <= tile.columns <= columns
         assert tile.rows * tile.columns * bytes_each <= budget
-        assert tile.columns == columns or tile.columns % 256 == 0
+        assert tile.columns == columns or tile.columns.bit_count() == 1
+        assert 2 * tile.rows * tile.columns * bytes_each > budget or tile.columns == columns
+
+
+WEIGHTS = {  # rows of W, ids
+    "Qwen2.5": (151_936, 151_665),
+    "Llama 3": (128_256, 128_256),
+    "GPT-2": (50_257, 50_257),
+    "Llama 2": (32_000, 32_000),
+}
+
+
+def widths(rows: int, weight: int, vocab_size: int) -> set[int]:
+    """The columns of all tiles on a GPU: Triton compiles its kernels for each."""
+    head = Head(torch.empty(weight, 1, device="meta"), vocab_size=vocab_size)
+    columns = aligned_columns(head, None)
+    plan = Plan(TORCH, tile_for(rows, columns, 4, cuda=True), columns)
+    return {x.stop - x.start for x in column_spans(vocab_size, plan)}
+
+
+@pytest.mark.parametrize(("weight", "vocab_size"), WEIGHTS.values(), ids=WEIGHTS)
+def test_a_thousand_microbatches_compile_at_most_eight_widths(weight, vocab_size):
+    """With lengths like those of GSM8K."""
+    rng = torch.Generator().manual_seed(0)
+    prompts = (100 * torch.randn(16_384, generator=rng).mul(0.35).exp()).long().clamp(40, 400)
+    responses = (180 * torch.randn(16_384, generator=rng).mul(0.6).exp()).long().clamp(8, 1024)
+    lengths = list(zip(prompts.tolist(), responses.tolist(), strict=True))
+    token_counts = []
+    for micro_tokens, rows_of_a_step in ((8_192, 256), (16_384, 512), (32_768, 1024)):
+        for step in range(0, len(lengths), rows_of_a_step):
+            of_step = lengths[step : step + rows_of_a_step]
+            for rows in pack_by_tokens(of_step, micro_tokens):
+                token_counts.append(sum(of_step[i][1] for i in rows))
+    assert len(token_counts) >= 1000
+    assert len(set(token_counts)) >= 500
+    found = set().union(*(widths(n, weight, vocab_size) for n in token_counts))
+    assert len(found) <= 8
+
+
+@pytest.mark.parametrize(("weight", "vocab_size"), WEIGHTS.values(), ids=WEIGHTS)
+def test_columns_are_aligned_where_the_weight_has_the_rows(weight, vocab_size):
+    for rows in (1, 700, 3000, 8192, 50_000):
+        assert all(n % 128 == 0 for n in widths(rows, weight, vocab_size)) or weight % 128
+        head = Head(torch.empty(weight, 1, device="meta"), vocab_size=vocab_size)
+        plan = Plan(TORCH, tile_for(rows, weight, 4, cuda=True), aligned_columns(head, None))
+        assert plan.columns < vocab_size + 128
+        ends = [0]
+        for columns in column_spans(vocab_size, plan):
+            assert columns.start == ends[-1] < min(columns.stop, vocab_size)
+            ends.append(columns.stop)
+        assert vocab_size <= ends[-1] <= weight
+    shorter = Head(torch.empty(vocab_size, 1, device="meta"))
+    assert aligned_columns(head, shorter) == vocab_size
 
 
 def test_the_vocabulary_is_the_columns_that_are_not_padding():

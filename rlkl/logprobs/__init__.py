@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlkl.logprobs.reference import TokenStats, reference, vocabulary
+from rlkl.logprobs.reference import TokenStats, reference_logprobs, vocabulary
 from rlkl.logprobs.tile_torch import TORCH, TileFunctions
-from rlkl.logprobs.tiled import tiled
+from rlkl.logprobs.tiled import tiled_logprobs
 from rlkl.types import Head
 
 LOGITS_BUDGET = 2**28  # bytes of logits up to which the reference is the fastest
@@ -87,7 +87,7 @@ def in_tiles(
     functions: TileFunctions = TORCH,
 ) -> TokenStats:
     """The backend `tiled`: one tile of logits at a time, computed again in the backward pass."""
-    outputs = tiled(
+    outputs = tiled_logprobs(
         hidden,
         head,
         ids,
@@ -108,4 +108,4 @@ def fused(*args: Any) -> TokenStats:
     return in_tiles(*args, functions=TRITON)
 
 
-BACKENDS = {"reference": reference, "tiled": in_tiles, "fused": fused}
+BACKENDS = {"reference": reference_logprobs, "tiled": in_tiles, "fused": fused}

@@ -23,7 +23,7 @@ class TokenStats(NamedTuple):
     kl_ref_pi: Tensor | None
 
 
-def reference(
+def reference_logprobs(
     hidden: Tensor,
     head: Head,
     ids: Tensor,

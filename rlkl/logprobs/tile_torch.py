@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rlkl.types import UNSET
 
@@ -36,6 +37,7 @@ class TileInputs(NamedTuple):
     inverse_temperature: Tensor  # (rows,)
     transform: LogitTransform
     ref_transform: LogitTransform
+    valid: int  # columns from here on are padding: probability and gradient 0
 
 
 @dataclass
@@ -122,6 +124,7 @@ def accumulate(z: Tensor, r: Tensor | None, inputs: TileInputs, sums: Sums) -> N
 
     z, r: (rows, columns), overwritten.
     """
+    z = z[:, : inputs.valid]
     z = _to_logits(z, inputs.transform, inputs.inverse_temperature)
     inside = (inputs.ids >= 0) & (inputs.ids < z.shape[1])
     target = z.gather(1, inputs.ids.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
@@ -132,6 +135,7 @@ def accumulate(z: Tensor, r: Tensor | None, inputs: TileInputs, sums: Sums) -> N
     shrink = (sums.m - m).exp()
     gap = None
     if r is not None:
+        r = r[:, : inputs.valid]
         r = _to_logits(r, inputs.ref_transform, inputs.inverse_temperature)
         n = torch.maximum(sums.n, r.amax(1))
         ref_shrink = (sums.n - n).exp()
@@ -166,6 +170,8 @@ def dlogits(
         g_logp [j = id] + p_j (-g_logp - g_H (log p_j + H) + g_K (log p_j - log q_j - K) + g_R)
         - g_R q_j
     """
+    padding = z.shape[1] - inputs.valid
+    z = z[:, : inputs.valid]
     z = _to_logits(z, inputs.transform, inputs.inverse_temperature)
     slope = None
     if inputs.transform.softcap is not None:
@@ -184,7 +190,8 @@ def dlogits(
     logq: Tensor = UNSET  # of the reference
     q = None
     if r is not None and g.of_kl:
-        logq = _to_logits(r, inputs.ref_transform, inputs.inverse_temperature)
+        logq = r[:, : inputs.valid]
+        logq = _to_logits(logq, inputs.ref_transform, inputs.inverse_temperature)
         logq.sub_(totals.ref_lse[:, None])
     if g.kl_pi_ref is not None:
         constant -= g.kl_pi_ref * totals.kl_pi_ref
@@ -209,13 +216,15 @@ def dlogits(
     d.mul_((inputs.inverse_temperature * inputs.transform.scale)[:, None])
     if slope is not None:
         d.mul_(slope)
-    return d.to(dtype)
+    d = d.to(dtype)
+    return pad(d, (0, padding)) if padding else d
 
 
 def _to_logits(x: Tensor, transform: LogitTransform, inverse_temperature: Tensor) -> Tensor:
     """Products → logits after the temperature, in place."""
     if transform.bias is not None:
-        x = x.add_(transform.bias).clamp_(min=FLOOR)  # a bias of -inf bans an id
+        bias = transform.bias[: x.shape[1]]
+        x = x.add_(bias).clamp_(min=FLOOR)  # a bias of -inf bans an id
     if transform.softcap is not None:
         x = x.mul_(transform.scale / transform.softcap).tanh_().mul_(transform.softcap)
     elif transform.scale != 1:
@@ -228,6 +237,7 @@ class TileFunctions(NamedTuple):
 
     accumulate: Callable[[Tensor, Tensor | None, TileInputs, Sums], None]
     dlogits: Callable[[Tensor, Tensor | None, TileInputs, Totals, Upstream, torch.dtype], Tensor]
+    accumulate_overwrites: bool  # z and r; dlogits may always
 
 
-TORCH = TileFunctions(accumulate, dlogits)
+TORCH = TileFunctions(accumulate, dlogits, accumulate_overwrites=True)

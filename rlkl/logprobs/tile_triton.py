@@ -2,8 +2,12 @@
 
 They are those of tile_torch.py, whose docstrings have the formulas. One program works on one row.
 Row offsets are int64, because M · V exceeds 2³¹. Rows lie on grid x, because y and z end at 65535.
-Widths are compile-time constants: that makes loads 16 bytes wide, and Triton 3.6's interpreter
-needs it.
+
+WIDTH, the columns in memory, is a compile-time constant: that makes loads 16 bytes wide, and Triton
+3.6's interpreter cannot loop to a number that it learns at run time. A kernel is compiled anew for
+each width: `tile_for` sees to it that few occur. `valid`, the columns that are no padding, is an
+argument at run time, and none that Triton specialises on: it would compile again where it is 1 or a
+multiple of 16.
 """
 
 # pyright: reportArgumentType=false
@@ -40,13 +44,13 @@ def _tanh(x):
 def _logits(
     x, bias, column, inside, scale, softcap, inv_t, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr
 ):
-    """A block of products → logits after the temperature; -inf beyond the tile."""
+    """A block of products → logits after the temperature; any number in padding."""
     if HAS_BIAS:
         x += tl.load(bias + column, mask=inside, other=0.0)
     x *= scale
     if HAS_CAP:
         x = softcap * _tanh(x / softcap)
-    return tl.where(inside, x * inv_t, float("-inf"))
+    return x * inv_t
 
 
 @triton.jit
@@ -55,10 +59,10 @@ def _weighted(e, x):
     return tl.sum(tl.where(e > 0, e * x, 0.0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["valid"])
 def accumulate_kernel(
     Z, stride_z, R, stride_r, IDS, INV_T, BIAS, REF_BIAS, M_, S_, T_, TARGET_, N_, Q_, W_, Y_,
-    scale, softcap, ref_scale, ref_softcap,
+    scale, softcap, ref_scale, ref_softcap, valid,
     WIDTH: tl.constexpr, HAS_REF: tl.constexpr, HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
     REF_CAP: tl.constexpr, REF_HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -72,6 +76,7 @@ def accumulate_kernel(
         inside = column < WIDTH
         z = tl.load(Z + row * stride_z + column, mask=inside, other=0.0).to(tl.float32)
         z = _logits(z, BIAS, column, inside, scale, softcap, inv_t, HAS_BIAS, HAS_CAP)
+        z = tl.where(column < valid, z, float("-inf"))
         m_new = tl.maximum(m, tl.max(z, 0))
         base = tl.where(m_new == float("-inf"), 0.0, m_new)  # so far all ids may be banned
         shift = tl.where(m == float("-inf"), 0.0, m - base)
@@ -83,8 +88,10 @@ def accumulate_kernel(
         if HAS_REF:
             r = tl.load(R + row * stride_r + column, mask=inside, other=0.0).to(tl.float32)
             r = _logits(
-                r, REF_BIAS, column, inside, ref_scale, ref_softcap, inv_t, REF_HAS_BIAS, REF_CAP
-            )
+                r, REF_BIAS, column, inside, ref_scale, ref_softcap, inv_t,
+                REF_HAS_BIAS, REF_CAP,
+            )  # fmt: skip
+            r = tl.where(column < valid, r, float("-inf"))
             n_new = tl.maximum(n, tl.max(r, 0))
             ref_base = tl.where(n_new == float("-inf"), 0.0, n_new)
             ref_shrink = tl.exp(n - ref_base)
@@ -94,7 +101,7 @@ def accumulate_kernel(
             q = ref_shrink * q + tl.sum(ref_e, 0)
             n = n_new
     target = tl.load(IDS + row)
-    if (target >= 0) & (target < WIDTH):
+    if (target >= 0) & (target < valid):
         x = tl.load(Z + row * stride_z + target).to(tl.float32)
         if HAS_BIAS:
             x += tl.load(BIAS + target)
@@ -112,11 +119,11 @@ def accumulate_kernel(
         tl.store(Y_ + row, y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["valid"])
 def dlogits_kernel(
     Z, stride_z, R, stride_r, OUT, stride_out, IDS, INV_T, BIAS, REF_BIAS,
     LSE, ENTROPY, REF_LSE, KL, G_LOGPROBS, G_ENTROPY, G_KL_PI_REF, G_KL_REF_PI,
-    scale, softcap, ref_scale, ref_softcap,
+    scale, softcap, ref_scale, ref_softcap, valid,
     WIDTH: tl.constexpr, HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, REF_CAP: tl.constexpr,
     REF_HAS_BIAS: tl.constexpr, OF_LOGPROBS: tl.constexpr, OF_ENTROPY: tl.constexpr,
     OF_KL_PI_REF: tl.constexpr, OF_KL_REF_PI: tl.constexpr, BLOCK: tl.constexpr,
@@ -153,8 +160,9 @@ def dlogits_kernel(
         if OF_KL_PI_REF or OF_KL_REF_PI:
             r = tl.load(R + row * stride_r + column, mask=inside, other=0.0).to(tl.float32)
             r = _logits(
-                r, REF_BIAS, column, inside, ref_scale, ref_softcap, inv_t, REF_HAS_BIAS, REF_CAP
-            )
+                r, REF_BIAS, column, inside, ref_scale, ref_softcap, inv_t,
+                REF_HAS_BIAS, REF_CAP,
+            )  # fmt: skip
             logq = r - tl.load(REF_LSE + row)
             if OF_KL_PI_REF:
                 c -= g_kl_pi_ref * logq
@@ -166,7 +174,8 @@ def dlogits_kernel(
         d *= inv_t * scale
         if HAS_CAP:
             y = z / (softcap * inv_t)
-            d *= tl.where(inside, 1.0 - y * y, 0.0)
+            d *= 1.0 - y * y
+        d = tl.where(column < valid, d, 0.0)
         tl.debug_barrier()  # every thread has read its part of this block
         tl.store(OUT + row * stride_out + column, d.to(OUT.dtype.element_ty), mask=inside)
 
@@ -191,6 +200,7 @@ def accumulate(z: Tensor, r: Tensor | None, inputs: TileInputs, sums: Sums) -> N
         Q_=sums.q if has_ref else unused,
         W_=sums.w if has_ref else unused,
         Y_=sums.y if has_ref else unused,
+        valid=inputs.valid,
         WIDTH=z.shape[1],
         HAS_REF=has_ref,
         **transform_arguments(inputs.transform, inputs.ref_transform, unused),
@@ -210,7 +220,7 @@ def dlogits(
     unused = totals.lse  # a pointer that the kernel does not read
 
     def pointer(x: Tensor | None) -> Tensor:
-        return unused if x is None else x.contiguous()
+        return unused if x is None else x
 
     out = z.view(dtype)[:, : z.shape[1]]
     ref_products = z if r is None else r
@@ -231,6 +241,7 @@ def dlogits(
         G_ENTROPY=pointer(g.entropy),
         G_KL_PI_REF=pointer(g.kl_pi_ref),
         G_KL_REF_PI=pointer(g.kl_ref_pi),
+        valid=inputs.valid,
         WIDTH=z.shape[1],
         OF_LOGPROBS=g.logprobs is not None,
         OF_ENTROPY=g.entropy is not None,
@@ -263,4 +274,4 @@ def launch_options(options: dict, width: int) -> dict:
     return options | {"BLOCK": min(options["BLOCK"], triton.next_power_of_2(width))}
 
 
-TRITON = TileFunctions(accumulate, dlogits)
+TRITON = TileFunctions(accumulate, dlogits, accumulate_overwrites=False)

@@ -8,6 +8,7 @@ tile_torch.py and tile_triton.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,6 +32,9 @@ from rlkl.types import Head
 
 TILE_BYTES = 2**29  # of float32 logits on a GPU: 8192 × 16384
 TILE_BYTES_CPU = 2**23  # what the caches hold
+# The columns of a product are a multiple of this where W has the rows: then every row of a tile can
+# be read 16 bytes at a time, and 128 is the edge of a block of a matrix product.
+ALIGNED = 128
 
 
 class Shape(NamedTuple):
@@ -46,10 +50,8 @@ class Plan:
 
     functions: TileFunctions
     tile: Shape
+    columns: int  # that are multiplied: the vocabulary and some padding
     keep_bytes: int = 0  # of logits, kept from forward to backward instead of computed again
-    # Pad the last tile's rows: all products then have one shape, so that the bits of a row do not
-    # depend on how many other rows there are.
-    pad: bool = False
 
 
 class Operands(NamedTuple):
@@ -62,8 +64,13 @@ class Operands(NamedTuple):
     inverse_temperature: Tensor  # (M,)
     ref_hidden: Tensor | None  # (M, D')
 
+    def with_factors(self) -> Operands:
+        """The same, with the states as products read them: cast once, not once a tile."""
+        ref_hidden = None if self.ref_hidden is None else factor(self.ref_hidden)
+        return self._replace(hidden=factor(self.hidden), ref_hidden=ref_hidden)
 
-def tiled(
+
+def tiled_logprobs(
     hidden: Tensor,
     head: Head,
     ids: Tensor,
@@ -73,17 +80,17 @@ def tiled(
     functions: TileFunctions = TORCH,
     tile: Shape | None = None,
     keep_bytes: int = 0,
-    pad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(M,) each: log-prob, entropy, KL(pi || ref), KL(ref || pi); the KLs None without a reference.
 
-    The arguments are those of `reference`. tile, keep_bytes, pad: see Plan.
+    The arguments are those of `reference_logprobs`. tile, keep_bytes: see Plan.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if not isinstance(temperature, Tensor):
         temperature = hidden.new_full((), temperature, dtype=wide)
     temperature = temperature.to(hidden.device, wide).expand(len(hidden))
-    tile = tile or tile_for(len(hidden), vocabulary(head), wide.itemsize, hidden.is_cuda)
+    columns = aligned_columns(head, ref_head)
+    tile = tile or tile_for(len(hidden), columns, wide.itemsize, hidden.is_cuda)
     keep_bytes = keep_bytes if torch.is_grad_enabled() else 0
     return Tiled.apply(
         hidden,
@@ -94,12 +101,12 @@ def tiled(
         head,
         None if ref_hidden is None else ref_hidden.detach(),
         ref_head,
-        Plan(functions, tile, keep_bytes, pad),
+        Plan(functions, tile, columns, keep_bytes),
     )
 
 
 class Tiled(torch.autograd.Function):
-    """The op of `tiled`: differentiable once, in hidden, weight and bias."""
+    """The op of `tiled_logprobs`: differentiable once, in hidden, weight and bias."""
 
     @staticmethod
     def forward(
@@ -118,21 +125,25 @@ class Tiled(torch.autograd.Function):
         ctx.head, ctx.ref_head = head, ref_head
         ctx.plan = plan
         ctx.kept = {}  # (first row, first column) of a tile → its products
-        operands = Operands(hidden, weight, bias, ids, inverse_temperature, ref_hidden)
+        saved = Operands(hidden, weight, bias, ids, inverse_temperature, ref_hidden)
+        operands = saved.with_factors()
         sums = Sums.start(len(hidden), hidden, reference=ref_hidden is not None)
         bytes_left = plan.keep_bytes if any(ctx.needs_input_grad[:3]) else 0
-        for columns in spans(vocabulary(head), plan.tile.columns):
+        for columns in column_spans(vocabulary(head), plan):
+            weights = weight_slices(ctx, weight, columns)
             for rows in spans(len(hidden), plan.tile.rows):
-                z, r = tile_products(ctx, operands, rows, columns)
+                z, r = tile_products(operands, *weights, rows)
                 size = z.nbytes * (1 if r is None else 2)
                 if size <= bytes_left:
                     bytes_left -= size
-                    ctx.kept[rows.start, columns.start] = _copy(z), _copy(r)
+                    copied = plan.functions.accumulate_overwrites
+                    pair = (_copy(z), _copy(r)) if copied else (z, r)
+                    ctx.kept[rows.start, columns.start] = pair
                 inputs = tile_inputs(ctx, operands, rows, columns)
                 plan.functions.accumulate(z, r, inputs, sums[rows])
                 del z, r  # before the next tile is computed: one at a time
         totals = finish(sums)
-        ctx.save_for_backward(*operands, *totals)
+        ctx.save_for_backward(*saved, *totals)
         return totals.logprobs, totals.entropy, totals.kl_pi_ref, totals.kl_ref_pi
 
     @staticmethod
@@ -141,36 +152,45 @@ class Tiled(torch.autograd.Function):
         if all(x is None for x in upstream):
             return (None,) * 9
         saved = ctx.saved_tensors
-        operands = Operands(*saved[: len(Operands._fields)])
+        hidden, weight, bias, *_ = saved
+        operands = Operands(*saved[: len(Operands._fields)]).with_factors()
         totals = Totals(*saved[len(Operands._fields) :])
-        hidden, weight = operands.hidden, operands.weight
         wide = totals.lse.dtype
-        g = Upstream(*(None if x is None else x.to(wide) for x in upstream))
-        d_hidden, d_weight, d_bias = _zero_gradients(ctx, operands, wide)
-        for columns in spans(vocabulary(ctx.head), ctx.plan.tile.columns):
+        g = Upstream(*(None if x is None else x.to(wide).contiguous() for x in upstream))
+        d_hidden, d_weight, d_bias = _gradients(ctx, hidden, weight, bias, wide)
+        # A slice of the weight's gradient is a sum over all rows. It needs no float32 buffer where
+        # it is one product, or float32 itself.
+        in_place = weight.dtype == wide or len(hidden) <= ctx.plan.tile.rows
+        for columns in column_spans(vocabulary(ctx.head), ctx.plan):
+            weights = weight_slices(ctx, weight, columns, with_reference=g.of_kl)
             d_weight_slice = None
             if d_weight is not None:
-                d_weight_slice = d_weight.new_zeros(weight[columns].shape, dtype=wide)
+                d_weight_slice = d_weight[columns]
+                if not in_place:
+                    d_weight_slice = torch.empty_like(d_weight_slice, dtype=wide)
             for rows in spans(len(hidden), ctx.plan.tile.rows):
-                z, r = tile_products(ctx, operands, rows, columns, with_reference=g.of_kl)
+                # Gone from `kept`, because dlogits overwrites it: a second backward pass computes
+                # it again.
+                kept = ctx.kept.pop((rows.start, columns.start), None)
+                z, r = kept or tile_products(operands, *weights, rows)
                 inputs = tile_inputs(ctx, operands, rows, columns)
                 d = ctx.plan.functions.dlogits(
-                    z, r, inputs, totals.of(rows), g.of(rows), hidden.dtype
+                    z, r, inputs, totals.of(rows), g.of(rows), operands.hidden.dtype
                 )
                 if d_bias is not None:
                     d_bias[columns] += d.sum(0, dtype=wide)
                 if d_hidden is not None:
-                    add_product(d_hidden[rows], d, weight[columns])
+                    add_product(d_hidden[rows], d, weights[0], first=columns.start == 0)
                 if d_weight_slice is not None:
-                    add_product(d_weight_slice, d.T, hidden[rows])
-                del z, r, d  # before the next tile is computed
-            if d_weight is not None and d_weight_slice is not None:
-                d_weight[columns] = d_weight_slice.to(weight.dtype)  # rounded once
+                    add_product(d_weight_slice, d.T, operands.hidden[rows], first=rows.start == 0)
+                del kept, z, r, d  # before the next tile is computed
+            if d_weight is not None and d_weight_slice is not None and not in_place:
+                d_weight[columns] = d_weight_slice  # rounded once
             del d_weight_slice
         if d_hidden is not None:
             d_hidden = d_hidden.to(hidden.dtype)
-        if d_bias is not None and operands.bias is not None:
-            d_bias = d_bias.to(operands.bias.dtype)
+        if d_bias is not None:
+            d_bias = d_bias.to(bias.dtype)
         return d_hidden, d_weight, d_bias, *(None,) * 6
 
 
@@ -178,52 +198,50 @@ def _copy(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.clone()
 
 
-def _zero_gradients(
-    ctx: Any, operands: Operands, wide: torch.dtype
+def _gradients(
+    ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Zeros for hidden, weight and bias, where a gradient is needed.
+    """Memory for the gradients of hidden, weight and bias, where one is needed.
 
-    hidden and bias are summed over many tiles, in `wide`. The weight has its own dtype: each slice
-    of it is summed elsewhere and written once.
+    Those of hidden and bias are sums over many tiles, in `wide`. The first product of each row of
+    hidden and of the weight writes it; only the padding rows of the weight are set to 0 here.
     """
-    hidden, weight, bias = operands.hidden, operands.weight, operands.bias
     for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
     d_hidden = d_weight = d_bias = None
     if for_hidden:
-        d_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
+        d_hidden = torch.empty(hidden.shape, dtype=wide, device=hidden.device)
     if for_weight:
-        d_weight = torch.zeros_like(weight)
+        d_weight = torch.empty_like(weight)
+        written = vocabulary(ctx.head) if len(hidden) else 0
+        d_weight[written:] = 0
     if for_bias and bias is not None:
         d_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device)
     return d_hidden, d_weight, d_bias
 
 
+def weight_slices(
+    ctx: Any, weight: Tensor, columns: slice, with_reference: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """The policy's and the reference's rows of W for some columns: one tensor if W is the same."""
+    own = factor(weight[columns])
+    if ctx.ref_head is None or not with_reference:
+        return own, None
+    if ctx.ref_head.weight is ctx.head.weight:
+        return own, own
+    return own, factor(ctx.ref_head.weight[columns])
+
+
 def tile_products(
-    ctx: Any, operands: Operands, rows: slice, columns: slice, with_reference: bool = True
+    operands: Operands, weight: Tensor, ref_weight: Tensor | None, rows: slice
 ) -> tuple[Tensor, Tensor | None]:
     """hidden @ weight.T of a tile, and the reference's; both may be overwritten."""
-    hidden, weight, ref_hidden = operands.hidden, operands.weight, operands.ref_hidden
-    if (rows.start, columns.start) in ctx.kept:
-        z, r = ctx.kept[rows.start, columns.start]
-        return z.clone(), _copy(r) if with_reference else None
-
-    height = rows.stop - rows.start
-    missing_rows = ctx.plan.tile.rows - height if ctx.plan.pad else 0
-    states = _pad_rows(hidden[rows], missing_rows)
-    if ref_hidden is None or not with_reference:
-        return product(states, weight[columns])[:height], None
-    ref_states = _pad_rows(ref_hidden[rows], missing_rows)
-    same_head = ctx.ref_head.weight is ctx.head.weight and ref_hidden.shape == hidden.shape
-    if same_head:  # one product for both
-        z, r = product(torch.cat([states, ref_states]), weight[columns]).chunk(2)
-    else:
-        z = product(states, weight[columns])
-        r = product(ref_states, ctx.ref_head.weight[columns])
-    return z[:height], r[:height]
-
-
-def _pad_rows(x: Tensor, count: int) -> Tensor:
-    return torch.cat([x, x.new_zeros(count, x.shape[1])]) if count > 0 else x
+    states, ref_hidden = operands.hidden[rows], operands.ref_hidden
+    if ref_hidden is None or ref_weight is None:
+        return product(states, weight), None
+    if ref_weight is weight:  # one product for both
+        z, r = product(torch.cat([states, ref_hidden[rows]]), weight).chunk(2)
+        return z, r
+    return product(states, weight), product(ref_hidden[rows], ref_weight)
 
 
 def tile_inputs(ctx: Any, operands: Operands, rows: slice, columns: slice) -> TileInputs:
@@ -235,7 +253,11 @@ def tile_inputs(ctx: Any, operands: Operands, rows: slice, columns: slice) -> Ti
         ref_head = ctx.ref_head
         ref_transform = _transform(ref_head, ref_head.bias, columns, inverse_temperature.dtype)
     return TileInputs(
-        operands.ids[rows] - columns.start, inverse_temperature[rows], transform, ref_transform
+        operands.ids[rows] - columns.start,
+        inverse_temperature[rows],
+        transform,
+        ref_transform,
+        valid=min(vocabulary(ctx.head), columns.stop) - columns.start,
     )
 
 
@@ -246,12 +268,23 @@ def _transform(
     return LogitTransform(head.scale, head.softcap, bias_of_tile)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in the dtype of total, without rounding to a narrower dtype on the way."""
-    if a.is_cuda and a.dtype != total.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+def factor(x: Tensor) -> Tensor:
+    """x as products read it. A CPU has none of bf16 into float32: there it is at least float32."""
+    return x if x.is_cuda else x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a @ b, or total = a @ b if it is the first: rounded once, to the dtype of total.
+
+    A total narrower than float32 holds one product only.
+    """
+    beta = 0 if first else 1  # with 0, what lies in total is not read
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=beta)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        total.copy_(a @ b)
 
 
 def spans(size: int, step: int) -> Iterator[slice]:
@@ -259,12 +292,30 @@ def spans(size: int, step: int) -> Iterator[slice]:
     return (slice(i, min(i + step, size)) for i in range(0, size, step))
 
 
-def tile_for(rows: int, columns: int, bytes_each: int, cuda: bool) -> Shape:
-    """The tile for (rows, columns) logits: within the byte budget, in multiples of 256 columns.
+def column_spans(vocabulary: int, plan: Plan) -> Iterator[slice]:
+    """Slices of at most a tile's columns that cover the vocabulary; the last has padding too."""
+    step = plan.tile.columns
+    return (slice(i, min(i + step, plan.columns)) for i in range(0, vocabulary, step))
 
-    Both sides are long, which keeps the matrix products fast.
+
+def aligned_columns(head: Head, ref_head: Head | None) -> int:
+    """The vocabulary and as much padding as makes it a multiple of ALIGNED, where W has the rows.
+
+    len(tokenizer) is often odd: 151,665 of the 151,936 rows of Qwen2.5. Where W itself ends at an
+    odd id (50,257 in GPT-2), the last tile is odd too: right, but read 4 bytes at a time.
+    """
+    rows_of_weights = min(len(h.weight) for h in (head, ref_head) if h is not None)
+    return min(math.ceil(vocabulary(head) / ALIGNED) * ALIGNED, rows_of_weights)
+
+
+def tile_for(rows: int, columns: int, bytes_each: int, cuda: bool) -> Shape:
+    """The tile for (rows, columns) logits: within the byte budget, both sides long.
+
+    Long sides keep the matrix products fast. The columns are a power of two, or all: micro-batches
+    have thousands of row counts, and Triton compiles its kernels anew for each number of columns.
     """
     budget = TILE_BYTES if cuda else TILE_BYTES_CPU
-    height = min(rows, 8192 if cuda else 512)
-    width = max(budget // (bytes_each * max(height, 1)) // 256 * 256, 256)
-    return Shape(max(height, 1), min(width, columns))
+    height = max(min(rows, 8192 if cuda else 512), 1)
+    affordable = budget // (bytes_each * height)
+    power_of_two = 1 << (affordable.bit_length() - 1)
+    return Shape(height, min(power_of_two, columns))

@@ -1,5 +1,5 @@
-"""The Triton kernels in Triton's interpreter, on the CPU: against `reference` in float64, and each
-against its twin in torch.
+"""The Triton kernels in Triton's interpreter, on the CPU: against `reference_logprobs` in float64,
+and each against its twin in torch.
 
 tests/test_kernels.py runs this file in a process of its own:
 TRITON_INTERPRET=1 pytest tests/kernels/interpreted.py
@@ -34,7 +34,7 @@ from torch import Tensor
 from rlkl.logprobs import tile_torch, tile_triton, token_logprobs
 from rlkl.logprobs.tile_torch import LogitTransform, Sums, TileInputs, Totals, Upstream
 from rlkl.logprobs.tile_triton import TRITON
-from rlkl.logprobs.tiled import Shape, tiled
+from rlkl.logprobs.tiled import Shape, tiled_logprobs
 from rlkl.rollout import sampling_triton
 from rlkl.rollout.one_pass import inverse_cdf
 from rlkl.rollout.sampling import pick
@@ -66,10 +66,10 @@ def compare(
     loose: float = 1.0,
     **options,
 ) -> None:
-    """Outputs and gradients of the kernels are those of `reference` in float64."""
+    """Outputs and gradients of the kernels are those of `reference_logprobs` in float64."""
     subset = subset or c.all_outputs
     narrow = c.to(dtype)
-    outputs = tiled(*narrow, functions=TRITON, tile=tile, **options)
+    outputs = tiled_logprobs(*narrow, functions=TRITON, tile=tile, **options)
     expected, expected_gradients = specified(narrow, subset)
     given = [x for x in outputs if x is not None]
     for a, b in zip(given, expected, strict=True):
@@ -138,7 +138,7 @@ def test_a_banned_id_has_probability_and_gradient_zero(ref, dtype):
     c, allowed = test_tiles.with_banned(ref)
     compare(c, dtype)
     narrow = c.to(dtype)
-    outputs = tiled(*narrow, functions=TRITON, tile=RAGGED)
+    outputs = tiled_logprobs(*narrow, functions=TRITON, tile=RAGGED)
     assert all(x.isfinite().all() for x in outputs if x is not None)
     for grad in gradients(outputs, narrow, c.all_outputs)[1:]:
         assert {i for i in range(V) if grad[i].any()} == set(allowed.tolist())
@@ -148,14 +148,14 @@ def test_a_banned_id_has_probability_and_gradient_zero(ref, dtype):
 def test_no_rows_and_one_row(ref):
     compare(case(HEADS["all"], ref, rows=1), torch.float32)
     c = case(HEADS["all"], ref, rows=0).to(torch.float32)
-    sum(x.sum() for x in tiled(*c, functions=TRITON) if x is not None).backward()
+    sum(x.sum() for x in tiled_logprobs(*c, functions=TRITON) if x is not None).backward()
     assert all(x.grad.shape == x.shape and not x.grad.any() for x in c.leaves)
 
 
 def test_a_second_backward_gives_the_same_gradients():
     for dtype, keep_bytes in ((torch.float32, 0), *((d, EVERYTHING) for d in DTYPES)):
         c = case(HEADS["all"], rows=5).to(dtype)
-        outputs = tiled(*c, functions=TRITON, tile=RAGGED, keep_bytes=keep_bytes)
+        outputs = tiled_logprobs(*c, functions=TRITON, tile=RAGGED, keep_bytes=keep_bytes)
         first = gradients(outputs, c, (0, 1, 2, 3), retain_graph=True)
         second = gradients(outputs, c, (0, 1, 2, 3), retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -174,20 +174,25 @@ def test_fused_is_tiled_with_these_functions():
 ROWS, WIDTH = 5, 11
 
 
-def tile_inputs(capped: bool, biased: bool, dtype: torch.dtype) -> TileInputs:
+def tile_inputs(capped: bool, biased: bool, dtype: torch.dtype, valid: int = WIDTH) -> TileInputs:
     def transform(scale: float, softcap: float, seed: int) -> LogitTransform:
         bias = normal(WIDTH, seed=seed).to(dtype) if biased else None
         return LogitTransform(scale, softcap if capped else None, bias)
 
-    # In the tile before, in this one, in the next one.
-    ids = torch.tensor([-1, 0, WIDTH - 1, WIDTH, 4])
+    # In the tile before, in this one, in the padding or the next one.
+    ids = torch.tensor([-1, 0, valid - 1, valid, 4])
     inverse_temperature = torch.linspace(0.5, 2.0, ROWS).to(dtype)
-    return TileInputs(ids, inverse_temperature, transform(1.3, 2.0, 20), transform(0.7, 3.0, 21))
+    transforms = transform(1.3, 2.0, 20), transform(0.7, 3.0, 21)
+    return TileInputs(ids, inverse_temperature, *transforms, valid)
 
 
-def products(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A tile of products and one of the reference's: the same float32 numbers in every dtype."""
+def products(dtype: torch.dtype, valid: int = WIDTH) -> tuple[Tensor, Tensor]:
+    """A tile of products and one of the reference's: the same float32 numbers in every dtype.
+
+    Padding holds logits that would win.
+    """
     z, r = (normal(ROWS, WIDTH, seed=seed).mul(3).float().to(dtype) for seed in (0, 1))
+    z[:, valid:] = r[:, valid:] = 90.0
     return z, r
 
 
@@ -203,13 +208,17 @@ def partial_sums(reference: bool, dtype: torch.dtype) -> Sums:
 
 @pytest.mark.parametrize("reference", [False, True])
 def test_accumulate_adds_what_its_twin_adds(reference):
-    for capped, biased in itertools.product((False, True), (False, True)):
+    for capped, biased, valid in itertools.product((False, True), (False, True), (1, 9, WIDTH)):
         sums = []
         for dtype, functions in ((torch.float32, TRITON), (torch.float64, tile_torch.TORCH)):
-            z, r = products(dtype)
+            z, r = products(dtype, valid)
+            before = z.clone(), r.clone()
             sums.append(partial_sums(reference, dtype))
-            inputs = tile_inputs(capped, biased, dtype)
+            inputs = tile_inputs(capped, biased, dtype, valid)
             functions.accumulate(z, r if reference else None, inputs, sums[-1])
+            if not functions.accumulate_overwrites:
+                assert torch.equal(z, before[0])
+                assert torch.equal(r, before[1])
         for f in fields(Sums):
             a, b = (getattr(x, f.name) for x in sums)
             assert (a is None) == (b is None)
@@ -223,6 +232,7 @@ def dlogits_of(
     capped: bool,
     wide: torch.dtype,
     out: torch.dtype,
+    valid: int,
 ) -> tuple[Tensor, bool]:
     """∂loss/∂products for upstream gradients of a subset, and whether it lies in the tile."""
     entropy, kl = normal(ROWS, seed=41), normal(ROWS, seed=42)
@@ -231,19 +241,26 @@ def dlogits_of(
     grads = test_tiles.upstream(subset, torch.empty(ROWS, dtype=wide))
     by_index = dict(zip(subset, grads, strict=True))
     g = Upstream(*(by_index.get(i) for i in range(4)))
-    z, r = products(wide)
+    z, r = products(wide, valid)
     address = z.data_ptr()
     of_kl = subset[-1] >= 2
-    d = functions.dlogits(z, r if of_kl else None, tile_inputs(capped, True, wide), totals, g, out)
+    inputs = tile_inputs(capped, True, wide, valid)
+    d = functions.dlogits(z, r if of_kl else None, inputs, totals, g, out)
     return d, d.data_ptr() == address
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids=lambda s: "+".join(OUTPUTS[i] for i in s))
 def test_dlogits_is_its_twins_in_the_memory_of_the_tile(subset):
-    for capped, dtype in ((True, torch.float32), (True, torch.bfloat16), (False, torch.float32)):
-        d, in_place = dlogits_of(TRITON, subset, capped, torch.float32, dtype)
-        twin, _ = dlogits_of(tile_torch.TORCH, subset, capped, torch.float64, torch.float64)
+    for capped, dtype, valid in (
+        (True, torch.float32, WIDTH),
+        (True, torch.bfloat16, 9),
+        (False, torch.float32, 1),
+    ):
+        d, in_place = dlogits_of(TRITON, subset, capped, torch.float32, dtype, valid)
+        twin, _ = dlogits_of(tile_torch.TORCH, subset, capped, torch.float64, torch.float64, valid)
         assert in_place
+        assert not d[:, valid:].any()
+        assert not twin[:, valid:].any()
         assert (d.dtype, d.shape) == (dtype, twin.shape)
         # bf16 is rounded once; the interpreter rounds towards zero.
         rtol = 5e-6 if dtype == torch.float32 else 2**-7
