@@ -45,7 +45,7 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     highest = logits.amax(-1, keepdim=True)
     weights = (logits - highest).exp_()
     tiles = F.pad(weights, (0, -weights.shape[1] % TILE)).unflatten(1, (-1, TILE))
-    # A sum in float64 would copy the whole vocabulary. The weights are no more exact than their sum.
+    # A sum in float64 would copy the vocabulary. The weights are no more exact than their sum.
     tile_sums = tiles.sum(-1).to(wide)
     total = tile_sums.sum(-1)
 
