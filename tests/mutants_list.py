@@ -971,7 +971,7 @@ MUTANTS = [
     Mutant("rollout.decoding", "decode_step", "A.uniforms[B, C]", "A.uniforms[B, C * 0]", "engine"),
     Mutant("rollout.decoding", "decode_step", "A != B.idle_row", "True", "engine"),
     Mutant("rollout.decoding", "Sizes.hold", "A >= B", "True", "graphs"),
-    Mutant("rollout.decoding", "DecodeState.reset", "self.lengths.zero_()", "pass", "graphs"),
+    Mutant("rollout.decoding", "DecodeState.reset", "self.cache.reset()", "pass", "graphs"),
     Mutant(
         "rollout.decoding", "DecodeState.reset", "A.fill_(self.params.pad_id)", "pass", "graphs"
     ),
