@@ -161,10 +161,10 @@ class Setting:
         """Tokens per step of a slot of the engine: 1 if no slot ever waits."""
         with sampling_mode(self.policy):
             batch = ContinuousBatch(
-                self.policy, self.prompts, self.uniforms(0), self.params, ENGINE_SLOTS, None
+                self.policy, self.prompts, self.uniforms(0), self.params, ENGINE_SLOTS
             )
-            batch.decode(4, graphs=False, compile=False)
-        return int(batch.lengths[:-1].sum()) / batch.slot_steps
+            batch.decode(4)
+        return int(batch.state.lengths[:-1].sum()) / batch.slot_steps
 
     def matmuls(self, rows: int) -> float:
         """Seconds of the matrix products of one decoding step of `rows` rows: a lower bound."""

@@ -19,10 +19,10 @@ WORK = Work("picture", qwen2(64, 2, 4, 2, 512, 192), 6, GROUP, 64, (3, 20))
 class RecordedBatch(ContinuousBatch):
     """A batch that records which row each slot decodes at each step."""
 
-    def decode_step(self, slots: int, max_length: int) -> None:
-        rows = self.slot_row[:slots].tolist()
+    def step(self, max_length: int) -> None:
+        rows = self.state.slot_row[: len(self.running)].tolist()
         self.history = [*getattr(self, "history", []), rows]
-        super().decode_step(slots, max_length)
+        super().step(max_length)
 
 
 def main() -> None:
@@ -31,10 +31,10 @@ def main() -> None:
     setting = Setting(WORK, ragged=True)
     with sampling_mode(setting.policy):
         run = RecordedBatch(
-            setting.policy, setting.prompts, setting.uniforms(3), setting.params, SLOTS, None
+            setting.policy, setting.prompts, setting.uniforms(3), setting.params, SLOTS
         )
-        run.decode(1, graphs=False, compile=False)
-    lengths = run.lengths[:-1].tolist()
+        run.decode(1)
+    lengths = run.state.lengths[:-1].tolist()
     figure = Figure(figsize=(8.6, 4.6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     draw_engine(top, run.history, lengths)

@@ -926,15 +926,15 @@ MUTANTS = [
     Mutant(
         "rollout.slots",
         "SlotCache.mask",
-        "A <= B",
         "A < B",
+        "A < B - 1",
         "engine",
         whose="a token that does not see itself",
     ),
     Mutant(
         "rollout.slots",
         "SlotCache.mask",
-        "A & (B > C - D)",
+        "A & (B >= C - D)",
         "A",
         "engine",
         whose="the window of sliding layers ignored",
@@ -965,9 +965,9 @@ MUTANTS = [
     ),
     Mutant(
         "rollout.slots",
-        "flash_attention",
-        "A[:B] + 1",
-        "A[:B]",
+        "SlotCache.begin_step",
+        "self.positions[:A] + 1",
+        "self.positions[:A]",
         "engine",
         whose="lengths that leave the newest key out",
     ),
@@ -1024,8 +1024,8 @@ MUTANTS = [
     Mutant(
         "rollout.slots",
         "SlotLayer.lazy_initialization",
-        "(A.slots, A.capacity, B)",
-        "(A.slots, A.capacity - 1, B)",
+        "(A, self.capacity, B)",
+        "(A, self.capacity - 1, B)",
         "engine",
     ),
     Mutant(
@@ -1036,6 +1036,65 @@ MUTANTS = [
         "engine",
         whose="the newest keys not read",
     ),
+    Mutant(
+        "rollout.slots",
+        "SlotCache.reset",
+        "A.values.zero_()",
+        "pass",
+        "graphs",
+        whose="NaN of the last rollout in the slots of this one",
+    ),
+    # rollout.decoding
+    Mutant("rollout.decoding", "decode_step", "A.uniforms[B, C]", "A.uniforms[B, C * 0]", "engine"),
+    Mutant("rollout.decoding", "decode_step", "A != B.idle_row", "True", "engine"),
+    Mutant("rollout.decoding", "Sizes.hold", "A >= B", "True", "graphs"),
+    Mutant("rollout.decoding", "DecodeState.reset", "self.cache.reset()", "pass", "graphs"),
+    Mutant(
+        "rollout.decoding", "DecodeState.reset", "A.fill_(self.params.pad_id)", "pass", "graphs"
+    ),
+    Mutant("rollout.decoding", "compiled_step", "MOST_COMPILED", "1", "engine"),
+    # rollout.graphs
+    Mutant(
+        "rollout.graphs",
+        "StepGraphs.__call__",
+        "A in self.graphs",
+        "False",
+        "graphs",
+        whose="transformers: graphs recorded again in each rollout",
+    ),
+    Mutant(
+        "rollout.graphs",
+        "record",
+        "side_stream(torch.cuda.current_device())",
+        "torch.cuda.Stream(torch.cuda.current_device())",
+        "graphs",
+        whose="a cuBLAS workspace for each recording",
+    ),
+    Mutant(
+        "rollout.graphs", "side_stream", "torch.cuda.Stream(A)", "torch.cuda.Stream(0)", "graphs"
+    ),
+    Mutant("rollout.graphs", "take", "KEPT.pop(A, None)", "KEPT.get(A)", "graphs"),
+    Mutant(
+        "rollout.graphs",
+        "take",
+        "A.depends_on != B",
+        "False",
+        "graphs",
+        whose="a graph of other sampling parameters",
+    ),
+    Mutant("rollout.graphs", "keep", "A + B <= C", "A <= C", "graphs"),
+    Mutant("rollout.graphs", "keep", "A * 1e9", "A * 2**30", "graphs"),
+    Mutant(
+        "rollout.graphs",
+        "addresses",
+        "(tuple(A), tuple(map(tuple, B)), C)",
+        "(tuple(A), C)",
+        "graphs",
+        whose="a graph with the adapter, replayed without it",
+    ),
+    Mutant("rollout.graphs", "state_bytes", "[*A, *B]", "A", "graphs"),
+    Mutant("rollout.graphs", "pool_bytes", "A['segment_pool_id'] == B", "True", "graphs"),
+    Mutant("rollout.graphs", "device_bytes", "A.total_memory", "A.multi_processor_count", "graphs"),
     # rollout.one_pass
     Mutant(
         "rollout.one_pass",
@@ -1048,14 +1107,6 @@ MUTANTS = [
     Mutant("rollout.one_pass", "one_pass", "A or B.top_k or C or D", "A or C or D", "engine"),
     Mutant("rollout.one_pass", "inverse_cdf", "A.clamp_max(B.shape[1] - 1)", "A", "engine"),
     # rollout.engine
-    Mutant(
-        "rollout.engine",
-        "ContinuousBatch.decode_step",
-        "self.uniforms[A, B]",
-        "self.uniforms[A, B * 0]",
-        "engine",
-    ),
-    Mutant("rollout.engine", "ContinuousBatch.decode_step", "A != self.idle_row", "True", "engine"),
     Mutant(
         "rollout.engine", "engine", "decode_in_slots(slot_divisor=2)", "decode_in_slots()", "engine"
     ),
@@ -1077,8 +1128,8 @@ MUTANTS = [
     Mutant(
         "rollout.engine",
         "ContinuousBatch.response",
-        "self.tokens[A, :self.lengths[A]]",
-        "self.tokens[A]",
+        "self.state.tokens[A, :self.state.lengths[A]]",
+        "self.state.tokens[A]",
         "engine",
     ),
     Mutant(
@@ -1108,7 +1159,30 @@ MUTANTS = [
     ),
     Mutant("rollout.engine", "warn_once", "logging.getLogger('rlkl').warning(A)", "pass", "engine"),
     Mutant("rollout.engine", "default_slots", "SLOTS.get(A, 128)", "SLOTS.get(A, 127)", "memory"),
-    Mutant("rollout.engine", "ContinuousBatch.slots_that_fit", "A * 1e9", "A * 2**40", "engine"),
+    Mutant("rollout.engine", "ContinuousBatch.sizes", "A * 1e9", "A * 2**40", "engine"),
+    Mutant(
+        "rollout.engine",
+        "ContinuousBatch.sizes",
+        "capacity_bucket(A)",
+        "A",
+        "engine",
+        whose="transformers: a compiled step for each length of the prompts",
+    ),
+    Mutant("rollout.engine", "capacity_bucket", "-(-A // B) * B", "A // B * B", "engine"),
+    Mutant("rollout.engine", "free_bytes", "float('inf')", "0.0", "engine"),
+    Mutant("rollout.engine", "graphs_serve", "A and not B", "not B", "engine"),
+    Mutant("rollout.engine", "ContinuousBatch.slots_that_fit", "A > B or C", "C", "engine"),
+    Mutant("rollout.engine", "ContinuousBatch.slots_that_fit", "min(A, self.rows)", "A", "engine"),
+    Mutant("rollout.engine", "ContinuousBatch.new_state", "max(A // B, 1)", "max(A, 1)", "engine"),
+    Mutant(
+        "rollout.engine",
+        "ContinuousBatch.step_params",
+        "min(A, default=None)",
+        "self.params.vocab_size",
+        "graphs",
+        whose="nano-aha-moment: padding rows of the vocabulary are sampled",
+    ),
+    Mutant("rollout.engine", "ContinuousBatch.step", "compiled_step() if A else B", "B", "engine"),
     Mutant("rollout.engine", "ContinuousBatch.compact", "A if B else C", "A", "engine"),
     Mutant(
         "rollout.engine",
@@ -1121,9 +1195,10 @@ MUTANTS = [
     Mutant(
         "rollout.engine",
         "ContinuousBatch.__init__",
-        "min(A, B, self.slots_that_fit(C, D))",
-        "min(A, B)",
-        "engine",
+        "(addresses(A), B, C)",
+        "(B, C)",
+        "graphs",
+        whose="a graph of weights that are gone",
     ),
     Mutant(
         "rollout.engine", "ContinuousBatch.decode", "self.steps += A", "self.steps = A", "engine"

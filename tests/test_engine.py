@@ -5,6 +5,7 @@ import gc
 import importlib
 import logging
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +21,14 @@ from models import (
     uniforms,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3NextConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rlkl.policy.policy import Policy
-from rlkl.rollout import cached, engine, naive, pick, slots
-from rlkl.rollout.engine import ContinuousBatch
+from rlkl.rollout import cached, decoding, engine, naive, pick, slots
+from rlkl.rollout.decoding import compiled_step, decode_step
+from rlkl.rollout.engine import ContinuousBatch, capacity_bucket
 from rlkl.rollout.one_pass import TILE, inverse_cdf, one_pass
 from rlkl.rollout.sampling import left_pad
 from rlkl.rollout.slots import (
@@ -57,18 +60,18 @@ def draw(rows: int = 36, seed: int = 3) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def continuous_batch(
-    policy: Policy, params: SamplingParams, slots: int, max_kv_gb: float | None = None
+    policy: Policy, params: SamplingParams, slots: int, **options: Any
 ) -> ContinuousBatch:
     """`draw()`, not decoded yet."""
     ids, mask, u = draw()
     token_lists = [row[attended].tolist() for row, attended in zip(ids, mask, strict=True)]
     with torch.no_grad():
-        return ContinuousBatch(policy, token_lists, u, params, slots, max_kv_gb)
+        return ContinuousBatch(policy, token_lists, u, params, slots, **options)
 
 
-def decode(batch: ContinuousBatch, sync_every: int, compile: bool = False) -> None:
+def decode(batch: ContinuousBatch, sync_every: int) -> None:
     with torch.no_grad():
-        batch.decode(sync_every, graphs=False, compile=compile)
+        batch.decode(sync_every)
 
 
 # ---------------------------------------------------------------- the tokens of naive
@@ -145,7 +148,7 @@ def test_with_a_sync_at_every_step_no_slot_works_in_vain(monkeypatch, prefill_to
     monkeypatch.setattr(module, "PREFILL_TOKENS", prefill_tokens)
     batch = continuous_batch(shared_policy("llama"), sampling_params(), slots=6)
     decode(batch, sync_every=1)
-    tokens = int(batch.lengths[:-1].sum())
+    tokens = int(batch.state.lengths[:-1].sum())
     assert batch.slot_steps == tokens
     assert batch.steps < tokens / 6 + MAX_TOKENS
 
@@ -163,7 +166,8 @@ def test_an_idle_slot_stays_at_position_zero():
     positions, sync = [], batch.sync
 
     def record_and_sync():
-        positions.append(batch.cache.positions[:6][batch.slot_row[:6] == batch.idle_row])
+        state = batch.state
+        positions.append(state.cache.positions[state.slot_row == state.idle_row])
         sync()
 
     batch.sync = record_and_sync
@@ -182,22 +186,22 @@ def test_rarer_syncs_cost_at_most_the_interval_for_each_row():
 
     batch.sync = count_and_sync
     decode(batch, sync_every=5)
-    assert batch.slot_steps <= int(batch.lengths[:-1].sum()) + 4 * 36
+    assert batch.slot_steps <= int(batch.state.lengths[:-1].sum()) + 4 * 36
     assert len(syncs) <= -(-batch.steps // 5) + 1, "the host waits for the device only in a sync"
 
 
 @pytest.mark.parametrize("compile", [True, False])
 def test_a_compiled_step_sees_few_batch_sizes_and_one_length(compile, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda step, **options: step)
-    batch = continuous_batch(shared_policy("llama"), sampling_params(), slots=32)
-    calls, step = [], batch.decode_step
+    calls = []
 
-    def record_and_step(slots, max_length):
+    def record_and_step(state, policy, slots, max_length):
         calls.append((slots, max_length))
-        step(slots, max_length)
+        decode_step(state, policy, slots, max_length)
 
-    batch.decode_step = record_and_step
-    decode(batch, sync_every=2, compile=compile)
+    monkeypatch.setattr(module, "decode_step", record_and_step)
+    monkeypatch.setattr(module, "compiled_step", lambda: record_and_step)
+    policy = shared_policy("llama")
+    decode(continuous_batch(policy, sampling_params(), slots=32, compile=compile), sync_every=2)
     sizes = {slots for slots, _ in calls}
     max_lengths = {max_length for _, max_length in calls}
     if compile:
@@ -239,7 +243,7 @@ def test_fewer_slots_where_the_budget_holds_fewer():
     slot_bytes = 2 * 2 * 2 * 12 * 4 * (33 + MAX_TOKENS - 1)
     for budget, expected in ((3.5 * slot_bytes, 3), (0.1 * slot_bytes, 1), (1e9, 16)):
         batch = continuous_batch(policy, sampling_params(), slots=16, max_kv_gb=budget / 1e9)
-        assert batch.cache.slots == expected
+        assert batch.state.cache.slots == expected
     few = {"slots": 16, "max_kv_gb": 3.5 * slot_bytes / 1e9}
     batch = engine(policy, *arguments, sampling_params(), **few)
     assert batch.responses() == engine(policy, *arguments, sampling_params()).responses()
@@ -249,14 +253,14 @@ def test_out_of_memory_halves_the_slots_once_and_warns(monkeypatch, caplog):
     policy, (ids, mask, u) = shared_policy("llama"), draw()
     expected = engine(policy, ids, mask, u, sampling_params()).responses()
     expected_few = engine(policy, ids, mask, u[:9], sampling_params()).responses()
-    step, most_slots = ContinuousBatch.decode_step, 6
+    most_slots = 6
 
-    def step_with_little_memory(self, slots, max_length):
+    def step_with_little_memory(state, policy, slots, max_length):
         if slots > most_slots:
             raise torch.OutOfMemoryError
-        step(self, slots, max_length)
+        decode_step(state, policy, slots, max_length)
 
-    monkeypatch.setattr(ContinuousBatch, "decode_step", step_with_little_memory)
+    monkeypatch.setattr(module, "decode_step", step_with_little_memory)
     with caplog.at_level(logging.WARNING):
         assert engine(policy, ids, mask, u, sampling_params(), slots=12).responses() == expected
         module.warn_once.cache_clear()
@@ -272,6 +276,7 @@ def test_out_of_memory_halves_the_slots_once_and_warns(monkeypatch, caplog):
 
 
 def test_no_cache_is_held_after_a_rollout(monkeypatch):
+    """Nor until Python looks for cycles: learning needs the memory at once."""
     caches = []
 
     class RecordedCache(SlotCache):
@@ -279,10 +284,13 @@ def test_no_cache_is_held_after_a_rollout(monkeypatch):
             super().__init__(*sizes)
             caches.append(weakref.ref(self))
 
-    monkeypatch.setattr(module, "SlotCache", RecordedCache)
-    engine(shared_policy("llama"), *draw(), sampling_params())
-    gc.collect()
-    assert [cache() for cache in caches] == [None]
+    monkeypatch.setattr(decoding, "SlotCache", RecordedCache)
+    gc.disable()
+    try:
+        engine(shared_policy("llama"), *draw(), sampling_params())
+        assert [cache() for cache in caches] == [None]
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------- what it leaves behind
@@ -304,7 +312,7 @@ def test_attention_and_mode_are_restored_also_after_an_exception(training, monke
     before = state()
     assert engine(policy, *arguments, sampling_params()).responses() == expected
     assert state() == before
-    monkeypatch.setattr(module, "one_pass", None)
+    monkeypatch.setattr(decoding, "one_pass", None)
     with pytest.raises(TypeError):
         engine(policy, *arguments, sampling_params())
     assert state() == before
@@ -385,19 +393,78 @@ def test_rotary_embeddings_that_depend_on_the_batch_are_recognised():
 # ---------------------------------------------------------------- the compiled step, FlashAttention
 
 
-@pytest.mark.parametrize(("name", "count"), [("llama", 16), ("qwen2", 8), ("gemma3", 8)])
-def test_the_whole_step_is_one_graph(name, count, monkeypatch):
-    """fullgraph=True raises where tracing meets a wait for the host."""
-    policy, arguments, torch_compile = tiny_policy(name), draw(rows=18), torch.compile
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile without a compiler: the step as traced. Lists the traces."""
+    torch_compile, traces = torch.compile, []
+
+    def count_and_run(graph, inputs):
+        traces.append(graph)
+        return graph.forward
 
     def trace_only(step, **options):
-        return torch_compile(step, backend="eager", **options)
+        return torch_compile(step, backend=count_and_run, **options)
 
     monkeypatch.setattr(torch, "compile", trace_only)
+    compiled_step.cache_clear()
     torch._dynamo.reset()
+    yield traces
+    compiled_step.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("name", "count"), [("llama", 16), ("qwen2", 8), ("gemma3", 8)])
+def test_the_whole_step_is_one_graph(name, count, traced):
+    """fullgraph=True raises where tracing meets a wait for the host."""
+    policy, arguments = tiny_policy(name), draw(rows=18)
     options = {"slots": count, "sync_every": 4}
     batch = engine(policy, *arguments, sampling_params(), compile=True, **options)
     assert_same(batch, engine(policy, *arguments, sampling_params(), **options), 2e-5)
+
+
+def test_compiled_steps_serve_later_rollouts_with_other_prompts_rows_and_weights(traced):
+    """Two capacities and two numbers of rows, whatever the 20 rollouts ask for."""
+    policy, g = tiny_policy("llama", torch.float64), torch.Generator().manual_seed(0)
+    for i in range(20):
+        group, longest = 2 + i % 3, 18 + i // 2  # 16 … 32 rows; at most 41 … 50 tokens
+        lengths = [longest, *torch.randint(1, longest, (7,), generator=g).tolist()]
+        prompts = [torch.randint(VOCAB, (n,), generator=g).tolist() for n in lengths]
+        arguments = (*left_pad(prompts, 0), uniforms(8 * group, MAX_TOKENS, i))
+        batch = engine(policy, *arguments, sampling_params(), slots=8, compile=True)
+        assert_same(batch, naive(policy, *arguments, sampling_params()), 1e-5)
+        with torch.no_grad():
+            for p in policy.lm.parameters():
+                p.mul_(1.01)
+    assert len(traced) <= 2 * 2
+    alive = weakref.ref(policy)
+    del policy
+    gc.collect()
+    assert alive() is None, "compiled steps keep no policy"
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8, 9, 639, 640, 641, 1025])
+def test_a_capacity_is_one_of_few_and_at_most_a_quarter_too_large(tokens):
+    assert tokens <= capacity_bucket(tokens) < 1.25 * tokens + (tokens < 4)
+    assert capacity_bucket(capacity_bucket(tokens)) == capacity_bucket(tokens)
+    assert len({capacity_bucket(n) for n in range(513, 1025)}) == 4
+
+
+def test_flash_attention_computes_nothing_else_in_each_layer(monkeypatch):
+    """Lengths and starts are computed once a step."""
+
+    class ViewsOnly(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            assert out.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr(), func
+            return out
+
+    cache = SlotCache(1, 6, 40, torch.device("cpu"))
+    query = torch.randn(4, 8, 1, 16)
+    key, value = (torch.randn(6, 40, 2, 16)[:4].transpose(1, 2) for _ in range(2))
+    monkeypatch.setattr(slots, "FLASH", lambda q, *args, **options: (q,))
+    cache.begin_step(4, 40)
+    with ViewsOnly():
+        flash_attention(query, key, value, cache, 0.25, 9)
 
 
 def test_flash_attention_is_called_as_its_schema_says(monkeypatch):
@@ -409,6 +476,7 @@ def test_flash_attention_is_called_as_its_schema_says(monkeypatch):
         torch.empty(6, 40, 2, 16, device="meta", dtype=torch.bfloat16)[:4].transpose(1, 2)
         for _ in range(2)
     )
+    cache.begin_step(4, 40)
     flash, calls = slots.FLASH, []
 
     def record_and_call(q, k, v, *args, **options):
@@ -453,7 +521,7 @@ def test_flash_and_dense_attention_see_the_same_keys(window, monkeypatch):
         return (torch.stack(out),)
 
     monkeypatch.setattr(slots, "FLASH", flash_by_hand)
-    cache.begin_step(40)
+    cache.begin_step(4, 40)
     dense, _ = slot_attention(
         None, query, key, value, scaling=0.3, slots=cache, sliding_window=window
     )
@@ -566,4 +634,4 @@ def test_a_stop_string_frees_its_slot():
     stopped = continuous_batch(policy, sampling_params(stop=lambda ids: len(ids) >= 2), slots=4)
     decode(stopped, sync_every=3)
     assert stopped.slot_steps <= 36 * (2 + 3)
-    assert (stopped.slot_row == stopped.idle_row).all()
+    assert (stopped.state.slot_row == stopped.state.idle_row).all()

@@ -80,7 +80,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def logits_of_products(products: Tensor, head: Head) -> Tensor:
     """(M, V) h @ W.T → (M, V) logits: bias, scale, soft-cap. Padding ids get -inf."""
     x = products if head.bias is None else products + head.bias.to(products.dtype)
-    x = x * head.scale
+    if head.scale != 1:
+        x = x * head.scale
     if head.softcap is not None:
         x = head.softcap * torch.tanh(x / head.softcap)
     if vocabulary(head) < len(head.weight):

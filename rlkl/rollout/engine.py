@@ -4,29 +4,28 @@ So no response waits for the slowest of its batch. A prompt is read once (prefil
 samples. Each sample starts in a slot from a copy of the prompt's keys and values and feeds the
 prompt's last token. So every response token is sampled in one place, `ContinuousBatch.decode_step`.
 
-A decoding step (forward, sampling, bookkeeping) is device code that never waits for the host; on
-CUDA it is one graph. Every `sync_every` steps the host looks which slots have ended, fills them
-again, and moves the running ones together when nothing waits any more.
+A decoding step (forward, sampling, bookkeeping) is device code that never waits for the host. On
+CUDA it is one graph, which is kept for the next rollout where that takes little memory. Every
+`sync_every` steps the host looks which slots have ended, fills them again, and moves the running
+ones together when nothing waits any more.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 
 import torch
 from einops import repeat
 from torch import Tensor
-from torch.nn import functional as F
 
 from rlkl.policy.microbatches import pack_by_tokens
 from rlkl.policy.policy import Policy
 from rlkl.rollout.cached import cached
-from rlkl.rollout.one_pass import one_pass
+from rlkl.rollout.decoding import DecodeState, Sizes, compiled_step, decode_step
+from rlkl.rollout.graphs import Recorded, addresses, keep, take
 from rlkl.rollout.sampling import cut_at_stop, sampling_mode
 from rlkl.rollout.slots import (
-    SlotCache,
     Unsupported,
     attention_over_slots,
     batch_dependent_rope,
@@ -54,6 +53,7 @@ def engine(
     max_kv_gb: float | None = None,
     graphs: bool = True,
     compile: bool = False,
+    keep_gb: float | None = None,
 ) -> Batch:
     """Sample G = B // N responses to each of the (N, P) prompts, with (B, T) uniforms.
 
@@ -65,8 +65,11 @@ def engine(
     max_kv_gb: memory for keys and values in GB (1e9 bytes); on CUDA the free memory bounds it too.
     graphs: record the step as a CUDA graph, one for each batch size.
     compile: apply torch.compile to the step.
+    keep_gb: GB that graphs, keys and values may take between rollouts, on CUDA. If they take less,
+        they stay for the next one; else all is freed. By default 5 % of the device's memory.
     """
     device = policy.lm.device.type
+    graphs = graphs and graphs_serve(policy)
     group_size = len(uniforms) // len(prompt_ids)
     prompts = [
         ids[mask].tolist() for ids, mask in zip(prompt_ids.cpu(), prompt_mask.cpu(), strict=True)
@@ -82,12 +85,12 @@ def engine(
                 slots=slots or default_slots(device),
                 max_kv_gb=max_kv_gb,
                 slot_divisor=slot_divisor,
-            )
-            responses.decode(
-                sync_every or SYNC_EVERY.get(device, 4),
-                graphs=graphs and device == "cuda" and not batch_dependent_rope(policy),
+                graphs=graphs,
                 compile=compile,
             )
+            responses.decode(sync_every or SYNC_EVERY.get(device, 4))
+            if responses.recorded is not None:
+                keep(policy, responses.recorded, keep_gb)
             return responses.batch(
                 repeat(prompt_ids, "n p -> (n g) p", g=group_size),
                 repeat(prompt_mask, "n p -> (n g) p", g=group_size),
@@ -117,6 +120,28 @@ def default_slots(device: str) -> int:
     return SLOTS.get(device, 128)
 
 
+def graphs_serve(policy: Policy) -> bool:
+    """Whether CUDA graphs can record this policy's decoding step."""
+    return policy.lm.device.type == "cuda" and not batch_dependent_rope(policy)
+
+
+def capacity_bucket(tokens: int) -> int:
+    """The next of 5, 6, 7, 8 · 2^n, n as small as possible: at most a quarter more than `tokens`.
+
+    Prompts of other lengths then find their graphs and compiled steps made, as these are few sizes.
+    """
+    step = 1 << max((tokens - 1).bit_length() - 3, 0)
+    return -(-tokens // step) * step
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that is free on a CUDA device; no limit elsewhere."""
+    if device.type != "cuda":
+        return float("inf")
+    cached_by_torch = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return torch.cuda.mem_get_info()[0] + cached_by_torch
+
+
 @functools.cache
 def warn_once(line: str) -> None:
     """Log a warning, each line only once per process."""
@@ -126,9 +151,9 @@ def warn_once(line: str) -> None:
 class ContinuousBatch:
     """B responses, some waiting, some running in a slot, some finished.
 
-    A *row* is a response, 0 … B - 1; row B is the idle row. A *slot* is a place in the cache. The
-    device knows what each slot does; the host knows it as of the last sync. A slot whose response
-    has ended works on for the idle row, at position 0, until the next sync.
+    This is what the host knows. The device knows what each slot does (`DecodeState`); the host
+    knows it as of the last sync. A slot whose response has ended works on for the idle row, at
+    position 0, until the next sync.
     """
 
     def __init__(
@@ -138,23 +163,23 @@ class ContinuousBatch:
         uniforms: Tensor,
         params: SamplingParams,
         slots: int,
-        max_kv_gb: float | None,
+        max_kv_gb: float | None = None,
         slot_divisor: int = 1,
+        graphs: bool = False,
+        compile: bool = False,
     ) -> None:
         """Read the first prompts and make room for `slots` responses, fewer if memory is short.
 
         prompts: N token lists. uniforms: (B, T). slot_divisor: divides the number of slots that
-        memory allows.
+        memory allows. graphs, compile: how decoding steps run.
         """
-        rows, max_tokens = uniforms.shape
-        device = uniforms.device
         self.policy = policy
         self.prompts = prompts
         self.params = params
-        self.group_size = rows // len(prompts)
-        self.idle_row = rows
-        self.max_tokens = max_tokens
-        self.eos_ids = torch.tensor(params.eos_ids, device=device, dtype=torch.long)
+        self.rows, self.max_tokens = uniforms.shape
+        self.group_size = self.rows // len(prompts)
+        self.compile = compile
+        self.fixed_shapes = graphs or compile  # which both need
 
         # The queue: prompts that are still to be read, and rows whose prompt has been read.
         lengths = [len(prompt) for prompt in prompts]
@@ -162,112 +187,120 @@ class ContinuousBatch:
         self.waiting: list[int] = []
         self.prefill_next_chunk()
 
-        # Per row, on the device; the last one is the idle row.
-        logprob_dtype = torch.promote_types(policy.head.weight.dtype, torch.float32)
-        self.uniforms = F.pad(uniforms, (0, 0, 0, 1))
-        self.tokens = torch.full((rows + 1, max_tokens), params.pad_id, device=device)
-        self.logprobs = torch.zeros(rows + 1, max_tokens, device=device, dtype=logprob_dtype)
-        self.lengths = torch.zeros(rows + 1, dtype=torch.long, device=device)
-
-        # Per slot, on the device: its row, the token it feeds next, the tokens sampled so far.
-        capacity = max(len(prompt) for prompt in prompts) + max_tokens - 1  # the last is not fed
-        slots = min(slots, rows, self.slots_that_fit(capacity, max_kv_gb))
-        slots = max(slots // slot_divisor, 1)
-        self.cache = SlotCache(len(self.prefilled), slots, capacity, device)
-        self.slot_row = torch.full((slots,), self.idle_row, device=device)
-        self.slot_token = torch.zeros_like(self.slot_row)
-        self.slot_length = torch.zeros_like(self.slot_row)
+        sizes = self.sizes(slots, max_kv_gb)
+        self.recorded: Recorded | None = None
+        if graphs:
+            options = (slots, max_kv_gb, compile, uniforms.dtype, uniforms.device)
+            depends_on = (addresses(policy), self.step_params(), options)
+            self.recorded = take(policy, sizes, depends_on)
+            if self.recorded is None:
+                state = self.new_state(sizes, uniforms, slot_divisor)
+                self.recorded = Recorded(state, depends_on)
+            self.state = self.recorded.state
+        else:
+            self.state = self.new_state(sizes, uniforms, slot_divisor)
+        self.state.reset(uniforms)
 
         # Per slot, on the host: its row, None if it is free, and the step at which it started.
+        slots = min(sizes.slots, self.state.sizes.slots)
         self.running: list[int | None] = [None] * slots
         self.started = [0] * slots
         self.steps = 0
         self.slot_steps = 0  # Σ over steps of the slots that worked, idle ones too
 
-    def slots_that_fit(self, capacity: int, max_kv_gb: float | None) -> int:
-        """How many slots of `capacity` tokens the memory budget holds; at least one."""
+    # -------------------------------------------------------------- what the device holds
+
+    def sizes(self, slots: int, max_kv_gb: float | None) -> Sizes:
+        """What these rows need, and as many of `slots` as the configuration allows.
+
+        Fixed shapes come from few sizes, so that other prompts and rows find their kernels made.
+        """
+        longest = max(len(prompt) for prompt in self.prompts)
+        capacity = longest + self.max_tokens - 1  # the last token is not fed
+        rows = self.rows
+        if self.fixed_shapes:
+            capacity = capacity_bucket(capacity)
+            rows = 1 << (rows - 1).bit_length()  # rows take little memory: the next power of two
+        budget = float("inf") if max_kv_gb is None else max_kv_gb * 1e9
+        return Sizes(self.slots_that_fit(slots, capacity, budget), capacity, rows, self.max_tokens)
+
+    def slots_that_fit(self, slots: int, capacity: int, budget: float) -> int:
+        """At most `slots`, one a row, and what `budget` bytes hold; at least one.
+
+        Fixed shapes: `slots` halved as often as it needs, and one for each row or more.
+        """
         bytes_per_token = sum(
             x[0, 0].numel() * x.element_size() for layer in self.prefilled for x in layer
         )
-        budget = float("inf") if max_kv_gb is None else max_kv_gb * 1e9
-        if self.prefilled[0][0].is_cuda:
-            cached_by_torch = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-            free = torch.cuda.mem_get_info()[0] + cached_by_torch
-            budget = min(budget, FREE_SHARE * free)
-        return max(int(min(budget / (capacity * bytes_per_token), self.idle_row)), 1)
+        fitting = max(int(min(budget / (capacity * bytes_per_token), slots)), 1)
+        if not self.fixed_shapes:
+            return min(fitting, self.rows)
+        while slots > fitting or slots // 2 >= max(self.rows, MIN_GRAPH_SLOTS):
+            slots //= 2
+        return slots
 
-    def decode(self, sync_every: int, graphs: bool, compile: bool) -> None:
-        """Decode every row.
+    def new_state(self, sizes: Sizes, uniforms: Tensor, slot_divisor: int) -> DecodeState:
+        """Room on the device, with fewer slots where its free memory is short."""
+        budget = FREE_SHARE * free_bytes(uniforms.device)
+        slots = self.slots_that_fit(sizes.slots, sizes.capacity, budget)
+        return DecodeState(
+            sizes._replace(slots=max(slots // slot_divisor, 1)),
+            self.step_params(),
+            layers=len(self.prefilled),
+            logprob_dtype=torch.promote_types(self.policy.head.weight.dtype, torch.float32),
+            uniforms=uniforms,
+        )
 
-        CUDA graphs and compiled steps need shapes that stay the same: they read the whole capacity
-        of each slot.
-        """
-        fixed_shapes = graphs or compile
-        step: Callable[[int, int], None] = self.decode_step
-        if compile:
-            step = torch.compile(step, fullgraph=True, dynamic=False)
-        if graphs:
-            step = StepGraphs(step)
+    def step_params(self) -> SamplingParams:
+        """What a step reads of the parameters. Stop strings are the host's."""
+        limits = (self.params.vocab_size, self.policy.vocab_size)
+        vocab_size = min((n for n in limits if n is not None), default=None)
+        return self.params._replace(vocab_size=vocab_size, stop=None)
+
+    # -------------------------------------------------------------- decoding
+
+    def decode(self, sync_every: int) -> None:
+        """Decode every row. Fixed shapes read the whole capacity of each slot."""
         while self.fill_slots():
-            self.compact(halves=fixed_shapes)
+            self.compact()
             steps = min(sync_every, self.longest_remaining())
             max_length = self.longest_sequence() + steps
-            if fixed_shapes:
-                max_length = self.cache.capacity
+            if self.fixed_shapes:
+                max_length = self.state.cache.capacity
             with attention_over_slots(self.policy):
                 for _ in range(steps):
-                    step(len(self.running), max_length)
+                    self.step(max_length)
             self.steps += steps
             self.slot_steps += steps * len(self.running)
             self.sync()
 
-    def decode_step(self, slots: int, max_length: int) -> None:
-        """Sample one more token for each of the first `slots` slots, without the host.
-
-        max_length: no slot reads more keys than this.
-        """
-        cache = self.cache
-        row, column = self.slot_row[:slots], self.slot_length[:slots]
-        cache.begin_step(max_length)
-        hidden = self.policy.backbone(
-            input_ids=self.slot_token[:slots, None],
-            position_ids=cache.positions[:slots, None],
-            past_key_values=cache,
-            use_cache=True,
-            slots=cache,
-        ).last_hidden_state
-        logits = self.policy.logits(hidden[:, -1])
-        token, logprob = one_pass(logits, self.uniforms[row, column], self.params)
-
-        length = column + 1
-        self.tokens[row, column] = token
-        self.logprobs[row, column] = logprob
-        self.lengths[row] = length
-
-        not_eos = (token[:, None] != self.eos_ids).all(1)
-        continues = not_eos & (length < self.max_tokens) & (row != self.idle_row)
-        self.slot_row[:slots] = torch.where(continues, row, self.idle_row)
-        self.slot_token[:slots] = token
-        self.slot_length[:slots] = torch.where(continues, length, 0)
-        cache.positions[:slots] = torch.where(continues, cache.positions[:slots] + 1, 0)
+    def step(self, max_length: int) -> None:
+        """Decode one token in each slot. No slot reads more than `max_length` keys."""
+        function = compiled_step() if self.compile else decode_step
+        slots = len(self.running)
+        step = functools.partial(function, self.state, self.policy, slots, max_length)
+        if self.recorded is None:
+            step()
+        else:
+            self.recorded.graphs(step, slots)
 
     def sync(self) -> None:
         """Wait for the device, and note which slots are still running."""
-        stop = self.params.stop
+        stop, state = self.params.stop, self.state
         if stop is not None:
             for slot, row in enumerate(self.running):
                 if row is not None and stop(self.response(row)):
-                    self.slot_row[slot] = self.idle_row
-                    self.slot_length[slot] = 0
-                    self.cache.positions[slot] = 0
-        rows = self.slot_row[: len(self.running)].tolist()
-        self.running = [None if row == self.idle_row else row for row in rows]
+                    state.slot_row[slot] = state.idle_row
+                    state.slot_length[slot] = 0
+                    state.cache.positions[slot] = 0
+        rows = state.slot_row[: len(self.running)].tolist()
+        self.running = [None if row == state.idle_row else row for row in rows]
 
     # -------------------------------------------------------------- what the host knows
 
     def response(self, row: int) -> list[int]:
         """The tokens of a row so far."""
-        return self.tokens[row, : self.lengths[row]].tolist()
+        return self.state.tokens[row, : self.state.lengths[row]].tolist()
 
     def decoded(self) -> dict[int, int]:
         """Of each running slot: the tokens that it has decoded, unless it has ended meanwhile."""
@@ -322,26 +355,27 @@ class ContinuousBatch:
         last_positions = [len(prompt) - 1 for prompt in prompts]
         # One transfer to the device for all five lists.
         columns = [slots, rows, places, last_tokens, last_positions]
-        slot, row, place, token, position = torch.tensor(columns, device=self.slot_row.device)
+        state = self.state
+        slot, row, place, token, position = torch.tensor(columns, device=state.slot_row.device)
 
-        self.cache.copy_prompts(slot, self.prefilled, place)
-        self.cache.positions[slot] = position
-        self.slot_row[slot] = row
-        self.slot_token[slot] = token
-        self.slot_length[slot] = 0
+        state.cache.copy_prompts(slot, self.prefilled, place)
+        state.cache.positions[slot] = position
+        state.slot_row[slot] = row
+        state.slot_token[slot] = token
+        state.slot_length[slot] = 0
         for free_slot, new_row in zip(slots, rows, strict=True):
             self.running[free_slot] = new_row
             self.started[free_slot] = self.steps
 
-    def compact(self, halves: bool) -> None:
+    def compact(self) -> None:
         """Move the running slots to the front, and leave the free ones out of the next steps.
 
-        Nothing happens while rows wait, as then no slot is free. halves: only ever halve the batch
-        size, since each size costs a CUDA graph.
+        Nothing happens while rows wait, as then no slot is free. Where shapes are fixed, the batch
+        size is only ever halved, since each size costs a compiled step or a CUDA graph.
         """
         running = sum(row is not None for row in self.running)
-        size = len(self.running) if halves else running
-        while halves and size // 2 >= max(running, MIN_GRAPH_SLOTS):
+        size = len(self.running) if self.fixed_shapes else running
+        while self.fixed_shapes and size // 2 >= max(running, MIN_GRAPH_SLOTS):
             size //= 2
         source = [i for i in range(size, len(self.running)) if self.running[i] is not None]
         free = [i for i in range(size) if self.running[i] is None]
@@ -352,60 +386,29 @@ class ContinuousBatch:
 
     def move(self, source: list[int], target: list[int]) -> None:
         """Continue the responses of the slots `source` in the slots `target`."""
-        source_slots, target_slots = torch.tensor([source, target], device=self.slot_row.device)
-        self.cache.move(source_slots, target_slots)
-        for per_slot in (self.slot_row, self.slot_token, self.slot_length):
+        state = self.state
+        source_slots, target_slots = torch.tensor([source, target], device=state.slot_row.device)
+        state.cache.move(source_slots, target_slots)
+        for per_slot in (state.slot_row, state.slot_token, state.slot_length):
             per_slot[target_slots] = per_slot[source_slots]
         for i, j in zip(source, target, strict=True):
             self.running[j] = self.running[i]
             self.started[j] = self.started[i]
 
     def batch(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Batch:
-        """All rows, as wide as the longest response. Prompts are (B, P)."""
-        lengths = self.lengths[: self.idle_row]
+        """All rows, as wide as the longest response, in new tensors. Prompts are (B, P)."""
+        state = self.state
+        lengths = state.lengths[: self.rows]
         columns = int(lengths.max())
-        tokens = self.tokens[: self.idle_row, :columns]
+        tokens = state.tokens[: self.rows, :columns].clone()
         last_tokens = tokens.gather(1, lengths[:, None] - 1)
         batch = Batch(
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask,
             response_ids=tokens,
             mask=torch.arange(columns, device=lengths.device) < lengths[:, None],
-            sampler_logprobs=self.logprobs[: self.idle_row, :columns],
-            truncated=(last_tokens != self.eos_ids).all(1),
+            sampler_logprobs=state.logprobs[: self.rows, :columns].clone(),
+            truncated=(last_tokens != state.eos_ids).all(1),
             temperature=self.params.temperature or 1.0,
         )
         return cut_at_stop(batch, self.params)
-
-
-class StepGraphs:
-    """A decoding step as one CUDA graph for each number of slots.
-
-    The graphs live as long as this object, and so does the memory that they hold.
-    """
-
-    def __init__(self, step: Callable[[int, int], None]) -> None:
-        self.step = step
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.pool = None  # of memory, shared by the graphs
-
-    def __call__(self, slots: int, max_length: int) -> None:
-        """Do one step: replay its graph, or do it eagerly and record the graph for the next ones.
-
-        Recording alone does nothing, so the eager step is also the warm-up that it needs.
-        """
-        if slots in self.graphs:
-            self.graphs[slots].replay()
-            return
-        side_stream = torch.cuda.Stream()
-        side_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side_stream):
-            self.step(slots, max_length)
-        torch.cuda.current_stream().wait_stream(side_stream)
-
-        graph = torch.cuda.CUDAGraph()
-        self.graphs[slots] = graph
-        # thread_local: other threads, such as those of wandb, may use CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            self.step(slots, max_length)
-        self.pool = graph.pool()

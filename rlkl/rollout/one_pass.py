@@ -38,21 +38,24 @@ def one_pass(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[
 def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """(B, V) logits, (B,) uniforms → (B,) ids and their (B,) log-probs in nats.
 
-    The id is the first one whose cumulative probability is above the uniform. Sums are float64
-    (float32 on MPS).
+    The id is the first one whose cumulative probability is above the uniform. Sums over tiles are
+    float64 (float32 on MPS).
     """
     wide = widest_float(logits.device)
     highest = logits.amax(-1, keepdim=True)
     weights = (logits - highest).exp_()
     tiles = F.pad(weights, (0, -weights.shape[1] % TILE)).unflatten(1, (-1, TILE))
-    tile_sums = tiles.sum(-1, dtype=wide)
+    # A sum in float64 would copy the vocabulary. The weights are no more exact than their sum.
+    tile_sums = tiles.sum(-1).to(wide)
     total = tile_sums.sum(-1)
 
     cdf = tile_sums.cumsum(-1)
     tile, target = first_above(cdf, uniforms.to(wide) * total)
     sum_before = F.pad(cdf, (1, 0)).gather(1, tile[:, None])[:, 0]
     chosen_tile = tiles.gather(1, tile[:, None, None].expand(-1, 1, TILE))[:, 0]
-    column, _ = first_above(chosen_tile.to(wide).cumsum(-1), target - sum_before)
+    cdf_inside = chosen_tile.to(wide).cumsum(-1)
+    share = (target - sum_before) / tile_sums.gather(1, tile[:, None])[:, 0]  # of the tile, below
+    column, _ = first_above(cdf_inside, share * cdf_inside[:, -1])
     ids = tile * TILE + column
     ids = ids.clamp_max(logits.shape[1] - 1)  # the last tile is padded
     shifted = (logits.gather(1, ids[:, None]) - highest)[:, 0]

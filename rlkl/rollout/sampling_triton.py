@@ -33,6 +33,7 @@ def inverse_cdf_kernel(
     X, stride_x, UNIFORMS, IDS, LOGPROBS, inverse_temperature,
     WIDTH: tl.constexpr, READ: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    inverse_temperature = tl.cast(inverse_temperature, tl.float32)  # torch.compile: float64
     row = tl.program_id(0).to(tl.int64)
     block, column = tl.arange(0, BLOCKS), tl.arange(0, BLOCK)
     # The maximum of each block, and its sum of exp(x - maximum).

@@ -46,13 +46,20 @@ class SlotLayer(CacheLayerMixin):
     values: Tensor
     is_sliding = False  # sliding layers keep everything too: the mask applies their window
 
-    def __init__(self, cache: SlotCache) -> None:
+    def __init__(self, capacity: int, index: Tensor, positions: Tensor) -> None:
+        """index, positions: (slots,) of the cache, which all layers share.
+
+        A layer does not hold the cache itself: in a cycle, keys and values would stay in memory
+        until Python looks for cycles.
+        """
         super().__init__()
-        self.cache = cache
+        self.capacity = capacity
+        self.index = index
+        self.positions = positions
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         heads = key_states.shape[1]
-        size = (self.cache.slots, self.cache.capacity, heads)
+        size = (len(self.index), self.capacity, heads)
         self.keys = key_states.new_zeros(*size, key_states.shape[-1])
         self.values = value_states.new_zeros(*size, value_states.shape[-1])
         self.is_initialized = True
@@ -65,7 +72,7 @@ class SlotLayer(CacheLayerMixin):
         Returns all that these slots hold, (b, heads, capacity, dim), as views.
         """
         b = len(key_states)
-        slot, position = self.cache.index[:b], self.cache.positions[:b]
+        slot, position = self.index[:b], self.positions[:b]
         self.keys[slot, position] = key_states[:, :, 0]
         self.values[slot, position] = value_states[:, :, 0]
         return self.keys[:b].transpose(1, 2), self.values[:b].transpose(1, 2)
@@ -74,10 +81,10 @@ class SlotLayer(CacheLayerMixin):
         return 0
 
     def get_max_length(self) -> int:
-        return self.cache.capacity
+        return self.capacity
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.capacity, 0
+        return self.capacity, 0
 
 
 class SlotCache(Cache):
@@ -87,34 +94,49 @@ class SlotCache(Cache):
     """
 
     def __init__(self, layers: int, slots: int, capacity: int, device: torch.device) -> None:
-        super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
+        index = torch.arange(slots, device=device)
+        positions = torch.zeros(slots, dtype=torch.long, device=device)
+        super().__init__(layers=[SlotLayer(capacity, index, positions) for _ in range(layers)])
         self.slots = slots
         self.capacity = capacity
-        self.read_length = capacity  # keys that dense attention reads
-        self.index = torch.arange(slots, device=device)
-        self.positions = torch.zeros(slots, dtype=torch.long, device=device)
-        # Where each slot's queries start in the flat list of queries: one query a slot.
+        self.index = index
+        self.positions = positions
+        # Where each slot starts in the flat list of queries, one a slot, and in that of keys.
         self.query_starts = torch.arange(slots + 1, dtype=torch.int32, device=device)
+        self.key_starts = self.query_starts * capacity
+        self.begin_step(slots, capacity)
+
+    def reset(self) -> None:
+        """Make it as new. What lay there could be NaN, which no mask hides."""
+        layer: Any
+        self.positions.zero_()
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys.zero_()
+                layer.values.zero_()
+
+    def begin_step(self, slots: int, max_length: int) -> None:
+        """Start a forward pass of the first `slots` slots, which read at most `max_length` keys.
+
+        What all layers need is computed here, once a step.
+        """
+        multiple = math.ceil(max_length / READ_MULTIPLE) * READ_MULTIPLE
+        self.read_length = min(multiple, self.capacity)  # keys that dense attention reads
+        self.lengths = (self.positions[:slots] + 1).int()  # of each slot, with the new token
         self.masks: dict[int | None, Tensor] = {}  # by sliding window
 
-    def begin_step(self, max_length: int) -> None:
-        """Start a forward pass in which no slot reads more than `max_length` keys."""
-        multiple = math.ceil(max_length / READ_MULTIPLE) * READ_MULTIPLE
-        self.read_length = min(multiple, self.capacity)
-        self.masks = {}
-
-    def mask(self, b: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(b, 1, 1, read_length) to add to the scores of the first b slots.
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(b, 1, 1, read_length) to add to the scores of the step's b slots.
 
         0 on the keys that a slot may see, -inf on those behind its position or outside the window.
         Layers with the same window share one mask in each step.
         """
         if window not in self.masks:
             column = torch.arange(self.read_length, device=self.index.device)
-            position = self.positions[:b, None]
-            visible = column <= position
+            length = self.lengths[:, None]
+            visible = column < length
             if window is not None:
-                visible = visible & (column > position - window)
+                visible = visible & (column >= length - window)
             bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
             self.masks[window] = bias.masked_fill(~visible, -torch.inf)[:, None, None]
         return self.masks[window]
@@ -177,7 +199,7 @@ def slot_attention(
         grouped,
         key[:, :, : slots.read_length],
         value[:, :, : slots.read_length],
-        attn_mask=slots.mask(len(query), sliding_window, query.dtype),
+        attn_mask=slots.mask(sliding_window, query.dtype),
         scale=scaling,
     )
     return rearrange(out, "b kv g d -> b 1 (kv g) d"), None
@@ -221,7 +243,6 @@ def flash_attention(
     It reads nothing else. Shapes as in `slot_attention`.
     """
     b = len(query)
-    query_starts = slots.query_starts[: b + 1]
     flat_keys = rearrange(key, "b h t d -> (b t) h d")  # a view, since slots are contiguous
     flat_values = rearrange(value, "b h t d -> (b t) h d")
     window_left, window_right = (None, None) if window is None else (window - 1, 0)
@@ -229,15 +250,15 @@ def flash_attention(
         query[:, :, 0],
         flat_keys,
         flat_values,
-        query_starts,
-        query_starts * slots.capacity,  # where each slot's keys start
+        slots.query_starts[: b + 1],
+        slots.key_starts[: b + 1],
         1,  # longest query
         slots.capacity,  # longest key
         0.0,  # dropout
         False,  # causal
         False,  # return the debug mask
         scale=scaling,
-        seqused_k=(slots.positions[:b] + 1).int(),
+        seqused_k=slots.lengths,
         window_size_left=window_left,
         window_size_right=window_right,
     )[0]

@@ -55,13 +55,15 @@ VARIANTS += [(architecture, max(WIDTHS), False, False) for architecture in (80, 
 variants = pytest.mark.parametrize(("architecture", "width", "reference", "capped"), VARIANTS)
 
 
-def compiled(kernel, architecture: int, constants: dict, options: dict, out: str):
+def compiled(
+    kernel, architecture: int, constants: dict, options: dict, out: str, number: str = "fp32"
+):
     """Compile with the alignment that Triton finds at run time: 16 bytes, strides too.
 
     But nothing is known of `valid`, on which Triton does not specialise.
     """
     named = {"IDS": "*i64", "OUT": out, "UNIFORMS": "*fp64"}
-    named |= dict.fromkeys(NUMBERS, "fp32") | dict.fromkeys(constants, "constexpr")
+    named |= dict.fromkeys(NUMBERS, number) | dict.fromkeys(constants, "constexpr")
 
     def type_of(argument: str) -> str:
         is_number = argument == "valid" or argument.startswith("stride")
@@ -178,3 +180,17 @@ def test_sampling_spills_nothing_and_reads_a_padded_vocabulary_16_bytes_at_a_tim
     sass = check(kernel, architecture, constants, launch, False, False, tmp_path)
     # Two loads for a block, which is read twice, and one uniform: no load is narrow.
     assert len(re.findall(r"\bLDG", sass)) == 2 * 2 + 1
+
+
+def test_a_float64_temperature_which_torch_compile_passes_costs_one_conversion():
+    launch = dict(sampling_triton.SAMPLE)
+    constants = {"WIDTH": 151_643, "READ": 151_648, "BLOCKS": 64, "BLOCK": launch.pop("BLOCK")}
+    kernel = sampling_triton.inverse_cdf_kernel
+    narrow, wide = (
+        compiled(kernel, 90, constants, launch, "*fp32", number).asm["ptx"]
+        for number in ("fp32", "fp64")
+    )
+    arithmetic = [re.findall(r"\b(?:add|sub|mul|fma|div)\S*\.f64\b", x) for x in (narrow, wide)]
+    conversions = [re.findall(r"\bcvt\.rn\.f32\.f64\b", x) for x in (narrow, wide)]
+    assert len(arithmetic[0]) == len(arithmetic[1])
+    assert len(conversions[0]) + 1 == len(conversions[1])
