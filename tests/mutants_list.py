@@ -688,6 +688,21 @@ MUTANTS = [
         "A",
         "shared_prompts",
     ),
+    Mutant(
+        "policy.attention",
+        "exchanged_attention",
+        "A._attn_implementation = own_attention",
+        "pass",
+        "engine shared_prompts",
+        whose="transformers: the attention of generate_batch stays",
+    ),
+    Mutant(
+        "policy.attention",
+        "unsupported",
+        "A - SUPPORTED_LAYERS",
+        "A - SUPPORTED_LAYERS - {'linear_attention'}",
+        "engine",
+    ),
     # policy.microbatches
     Mutant("policy.microbatches", "pack_by_tokens", "len(A) + 1", "len(A)", "microbatches"),
     Mutant("policy.microbatches", "pack_by_tokens", "-A[B]", "B", "microbatches"),
@@ -981,15 +996,6 @@ MUTANTS = [
     ),
     Mutant(
         "rollout.slots",
-        "attention_over_slots",
-        "A.set_attn_implementation(B)",
-        "A.set_attn_implementation(ATTENTION)",
-        "engine",
-        whose="transformers: the attention of generate_batch stays",
-        nth=2,
-    ),
-    Mutant(
-        "rollout.slots",
         "slot_attention",
         "rearrange(A, 'b (kv g) 1 d -> b kv g d', **B)",
         "rearrange(A, 'b (g kv) 1 d -> b kv g d', **B)",
@@ -1006,13 +1012,6 @@ MUTANTS = [
     Mutant("rollout.slots", "prefill", "A - 1", "A", "engine"),
     Mutant(
         "rollout.slots", "batch_dependent_rope", "('dynamic', 'longrope')", "('dynamic',)", "engine"
-    ),
-    Mutant(
-        "rollout.slots",
-        "unsupported",
-        "A - SUPPORTED_LAYERS",
-        "A - SUPPORTED_LAYERS - {'linear_attention'}",
-        "engine",
     ),
     Mutant(
         "rollout.slots",

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3NextConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from rlkl.policy.attention import unsupported
 from rlkl.policy.policy import Policy
 from rlkl.rollout import cached, decoding, engine, naive, pick, slots
 from rlkl.rollout.decoding import compiled_step, decode_step
@@ -32,12 +33,11 @@ from rlkl.rollout.engine import ContinuousBatch, capacity_bucket
 from rlkl.rollout.one_pass import TILE, inverse_cdf, one_pass
 from rlkl.rollout.sampling import left_pad
 from rlkl.rollout.slots import (
-    ATTENTION,
+    SLOT_ATTENTION,
     SlotCache,
     batch_dependent_rope,
     flash_attention,
     slot_attention,
-    unsupported,
 )
 from rlkl.types import SamplingParams
 
@@ -93,7 +93,7 @@ def test_any_number_of_slots_and_any_sync_interval_give_the_tokens_of_naive(name
 @pytest.mark.parametrize("name", SERVED)
 def test_every_architecture_gives_the_tokens_of_naive_in_float64(name):
     policy, arguments = shared_policy(name, torch.float64), draw(rows=18)
-    assert unsupported(policy) is None
+    assert unsupported(policy.backbone) is None
     for temperature in (1.0, 0.7, 0.0):
         batch = engine(policy, *arguments, sampling_params(temperature), slots=5, sync_every=3)
         assert_same(batch, naive(policy, *arguments, sampling_params(temperature)), 1e-12)
@@ -316,7 +316,7 @@ def test_attention_and_mode_are_restored_also_after_an_exception(training, monke
     with pytest.raises(TypeError):
         engine(policy, *arguments, sampling_params())
     assert state() == before
-    assert before[0] != ATTENTION
+    assert before[0] != SLOT_ATTENTION
 
 
 # ---------------------------------------------------------------- models that slots cannot serve
@@ -360,21 +360,21 @@ def test_unsupported_recognises_real_configurations():
     sinks = GptOssConfig(**small, num_local_experts=2)
     layers = ["linear_attention", "full_attention"]
     hybrid = Qwen3NextConfig(**small, num_experts=2, layer_types=layers)
-    assert unsupported(policy(sinks)) == "its attention has sinks"
-    assert unsupported(policy(hybrid)) == "it has layers of linear_attention"
-    assert unsupported(policy(LlamaConfig(**small))) is None
-    assert unsupported(shared_policy("gemma2")) == "its attention scores are soft-capped"
+    assert unsupported(policy(sinks).backbone) == "its attention has sinks"
+    assert unsupported(policy(hybrid).backbone) == "it has layers of linear_attention"
+    assert unsupported(policy(LlamaConfig(**small)).backbone) is None
+    assert unsupported(shared_policy("gemma2").backbone) == "its attention scores are soft-capped"
 
 
 def test_a_model_that_attention_itself_refuses_is_sampled_by_cached_too(monkeypatch, caplog):
     """As a model would that `unsupported` does not know."""
     policy, arguments = tiny_policy("gemma2"), (*prompts(), uniforms(6, 8))
-    monkeypatch.setattr(module, "unsupported", lambda policy: None)
+    monkeypatch.setattr(module, "unsupported", lambda backbone: None)
     with caplog.at_level(logging.WARNING):
         batch = engine(policy, *arguments, sampling_params())
     assert_same(batch, cached(policy, *arguments, sampling_params()), 0)
     assert "sampled by cached instead" in caplog.text
-    assert policy.lm.config._attn_implementation != ATTENTION
+    assert policy.lm.config._attn_implementation != SLOT_ATTENTION
 
 
 def test_rotary_embeddings_that_depend_on_the_batch_are_recognised():

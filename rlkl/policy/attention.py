@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from rlkl.policy.shared_prompts import SharedPrompts
 
@@ -48,12 +48,14 @@ def attention_of(backbone: Any) -> str:
 
 def unsupported(backbone: Any) -> str | None:
     """Why the attention of this model cannot be exchanged for ours; None if it can."""
-    if not getattr(backbone, "_supports_attention_backend", False):
-        return "its attention cannot be exchanged"
+    if not isinstance(backbone, PreTrainedModel):
+        return "it is no model of transformers"
     config = backbone.config.get_text_config()
     other_layers = set(getattr(config, "layer_types", None) or []) - SUPPORTED_LAYERS
     if other_layers:
         return f"it has layers of {', '.join(sorted(other_layers))}"
+    if not getattr(backbone, "_supports_attention_backend", False):
+        return "its attention cannot be exchanged"
     if getattr(config, "attn_logit_softcapping", None):
         return "its attention scores are soft-capped"
     if getattr(config, "num_kv_shared_layers", 0):

@@ -19,19 +19,14 @@ import torch
 from einops import repeat
 from torch import Tensor
 
+from rlkl.policy.attention import Unsupported, exchanged_attention, unsupported
 from rlkl.policy.microbatches import pack_by_tokens
 from rlkl.policy.policy import Policy
 from rlkl.rollout.cached import cached
 from rlkl.rollout.decoding import DecodeState, Sizes, compiled_step, decode_step
 from rlkl.rollout.graphs import Recorded, addresses, keep, take
 from rlkl.rollout.sampling import cut_at_stop, sampling_mode
-from rlkl.rollout.slots import (
-    Unsupported,
-    attention_over_slots,
-    batch_dependent_rope,
-    prefill,
-    unsupported,
-)
+from rlkl.rollout.slots import SLOT_ATTENTION, batch_dependent_rope, prefill
 from rlkl.types import Batch, SamplingParams
 
 SLOTS = {"cuda": 256}  # an H200 is bound by arithmetic from about 184 rows on
@@ -96,7 +91,7 @@ def engine(
                 repeat(prompt_mask, "n p -> (n g) p", g=group_size),
             )
 
-    reason = unsupported(policy)
+    reason = unsupported(policy.backbone)
     if reason is None:
         try:
             return decode_in_slots()
@@ -267,7 +262,7 @@ class ContinuousBatch:
             max_length = self.longest_sequence() + steps
             if self.fixed_shapes:
                 max_length = self.state.cache.capacity
-            with attention_over_slots(self.policy):
+            with exchanged_attention(self.policy.backbone, SLOT_ATTENTION):
                 for _ in range(steps):
                     self.step(max_length)
             self.steps += steps

@@ -7,8 +7,6 @@ The model's own forward pass does the rest: it writes through `past_key_values=c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,19 +16,15 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from rlkl.policy.attention import Unsupported
 from rlkl.policy.policy import Policy
 
-ATTENTION = "rlkl_slots"  # the name under which transformers knows `slot_attention`
+SLOT_ATTENTION = "rlkl_slots"  # the name under which transformers knows `slot_attention`
 FLASH: Any = getattr(torch.ops.aten, "_flash_attention_forward", None)
 FLASH_READS_LENGTHS = FLASH is not None and "seqused_k" in {
     argument.name for argument in FLASH.default._schema.arguments
 }
 READ_MULTIPLE = 32  # dense attention reads a multiple of so many keys
-SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
-
-
-class Unsupported(Exception):
-    """The model's attention does something that the slots do not."""
 
 
 # ------------------------------------------------------------------ the cache
@@ -205,22 +199,7 @@ def slot_attention(
     return rearrange(out, "b kv g d -> b 1 (kv g) d"), None
 
 
-AttentionInterface.register(ATTENTION, slot_attention)
-
-
-@contextmanager
-def attention_over_slots(policy: Policy) -> Iterator[None]:
-    """Exchange the model's attention for `slot_attention`.
-
-    Its own attention is restored afterwards, also after an exception.
-    """
-    backbone: Any = policy.backbone
-    own_attention = backbone.config._attn_implementation
-    try:
-        backbone.set_attn_implementation(ATTENTION)
-        yield
-    finally:
-        backbone.set_attn_implementation(own_attention)
+AttentionInterface.register(SLOT_ATTENTION, slot_attention)
 
 
 def flash_serves(query: Tensor, value: Tensor) -> bool:
@@ -287,23 +266,6 @@ def prefill(policy: Policy, prompts: list[list[int]]) -> list[tuple[Tensor, Tens
         use_cache=True,
     )
     return [(layer.keys.transpose(1, 2), layer.values.transpose(1, 2)) for layer in cache.layers]
-
-
-def unsupported(policy: Policy) -> str | None:
-    """Why slots cannot serve this model; None if they can."""
-    config = policy.lm.config.get_text_config()
-    other_layers = set(getattr(config, "layer_types", None) or []) - SUPPORTED_LAYERS
-    if other_layers:
-        return f"it has layers of {', '.join(sorted(other_layers))}"
-    if not getattr(policy.backbone, "_supports_attention_backend", False):
-        return "its attention cannot be exchanged"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "its attention scores are soft-capped"
-    if getattr(config, "num_kv_shared_layers", 0):
-        return "its layers share keys"
-    if any(name.endswith(".sinks") for name, _ in policy.backbone.named_parameters()):
-        return "its attention has sinks"
-    return None
 
 
 def batch_dependent_rope(policy: Policy) -> bool:
