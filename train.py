@@ -34,7 +34,7 @@ from rlkl.losses import accepted, token_weights, truncated_importance_weights, v
 from rlkl.policy.optimizer import lr_scale
 from rlkl.rewards import compute_scores
 from rlkl.rollout.sampling import decode, draw_uniforms, generate
-from rlkl.run.algorithm import Algorithm
+from rlkl.run.algorithm import Algorithm, reads_reference
 from rlkl.run.build import Data, Models, build
 from rlkl.run.folder import configure
 from rlkl.run.help import asks_for_help, every_option, show_help, usage
@@ -86,7 +86,7 @@ def training_step(
     rollout = algorithm.rollout(cfg, models, data, state, prompts, rng)
     batch = rollout.batch
     clock.append(time.perf_counter())
-    evaluate_logprobs(cfg, models, algorithm, batch)
+    evaluate_logprobs(cfg, models, algorithm, state, batch)
     clock.append(time.perf_counter())
     compute_advantages(cfg, algorithm, state, batch)
     updates = update_policy(cfg, models, algorithm, state, batch, rng)
@@ -136,14 +136,16 @@ def score_greedy_responses(
     return scores.nan_to_num(0.0)
 
 
-def evaluate_logprobs(cfg: Config, models: Models, algorithm: Algorithm, batch: Batch) -> None:
+def evaluate_logprobs(
+    cfg: Config, models: Models, algorithm: Algorithm, state: State, batch: Batch
+) -> None:
     """Fill old_logprobs, values and ref_logprobs, by the same forward pass that is trained.
 
     pi_old is computed again, and not taken from the sampler, because the two round differently;
     their difference is logged as `sampler_gap`. What nothing reads is not computed.
     """
     max_tokens = cfg.optim.micro_tokens
-    reference = models.reference
+    reference = models.reference if reads_reference(cfg, state.step) else None
     if reference is not None and algorithm.exact_kl:
         ref_logprobs, ref_states = reference.score_with_states(batch, max_tokens)
         batch.fill(ref_logprobs=ref_logprobs, ref_states=ref_states)

@@ -183,7 +183,7 @@ def test_a_mistake_names_the_key_the_value_and_the_choices():
         "optim=3": ["optim", "3"],
         "optim.lr.x=3": ["optim.lr", "number"],
         "optim.steps=0": ["optim.steps", "0", "greater than 0"],
-        "model.reference=perhaps": ["model.reference", "'perhaps'", "boolean"],
+        "model.reference=perhaps": ["model.reference", "'perhaps'", "'auto', True or False"],
         "sampling.temperature=0": ["sampling.temperature", "0", "greater than 0"],
         "sampling.temperature=-1": ["sampling.temperature", "-1", "greater than 0"],
         "truncation=drop": ["truncation", "'drop'", "terminal", "bootstrap", "mask"],

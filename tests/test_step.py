@@ -358,8 +358,8 @@ def test_the_update_is_the_same_with_and_without_the_old_pass(base, monkeypatch)
     skipped = {w: gradients(base, *options, f"optim.weights={w}") for w in WEIGHTS}
     evaluate_logprobs = train.evaluate_logprobs
 
-    def with_old_logprobs(cfg, models, algorithm, batch):
-        evaluate_logprobs(cfg, models, algorithm, batch)
+    def with_old_logprobs(cfg, models, algorithm, state, batch):
+        evaluate_logprobs(cfg, models, algorithm, state, batch)
         assert batch.old_logprobs is None
         with torch.no_grad():
             batch.fill(old_logprobs=models.policy(batch).logprobs)

@@ -5,6 +5,7 @@ KLs. Float64.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from rlkl.errors import UserError
 from rlkl.explain import explain, print_warnings, traps
 from rlkl.kl import TRAPS
 from rlkl.losses import accepted, token_weights, truncated_importance_weights
+from rlkl.policy import attention
 from rlkl.rollout.sampling import decode
 from rlkl.run import config
 from rlkl.run.algorithm import reads_old_logprobs, resolve_algorithm
@@ -315,6 +317,36 @@ def test_pi_old_is_scored_when_something_reads_it_before_the_update(base, option
     assert reads_old_logprobs(cfg) == early
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ([], [0, 5, 8]),
+        (["model.reference=true"], list(range(9))),
+        (["model.reference=false"], []),
+        (["kl_ref.coef=0.1"], list(range(9))),
+        (["kl_ref.coef=0.1", "kl_ref.place=loss", "kl_ref.estimator=k2"], list(range(9))),
+        (["loss=user.py:loss"], list(range(9))),
+        (["selector=user.py:all_tokens"], list(range(9))),
+        (["kl_old.coef=0.1"], [0, 5, 8]),
+    ],
+    ids=lambda x: " ".join(map(str, x)),
+)
+def test_the_reference_scores_a_rollout_only_where_something_reads_it(base, here, options, steps):
+    (here / "user.py").write_text(
+        "def loss(new, batch):\n    return -new.logprobs * batch.advantages, {}\n"
+        "def all_tokens(batch, uniforms):\n    return batch.mask\n"
+    )
+    run = setup(base, *options, "optim.steps=9", "entropy.coef=0.01")
+    scored = []
+    if run.models.reference is not None:
+        run.models.reference.register_forward_pre_hook(lambda *_: scored.append(run.state.step))
+    for step in range(9):
+        run.state.step = step
+        metrics = run.step()
+        assert ("kl_pi_ref_token" in metrics) == ("ref_logprob" in metrics) == (step in steps)
+    assert sorted(set(scored)) == steps
+
+
 # The self-check before the first update
 
 
@@ -330,6 +362,20 @@ def test_the_self_check_finds_nothing_in_a_sound_run(base):
     line = selfcheck(*fresh(base), fresh=True)
     assert "reference 0.0e+00" in line
     assert "more than" not in line
+
+
+def test_a_model_whose_shared_prompts_are_far_off_is_read_row_by_row(base, monkeypatch, caplog):
+    """A kernel may be wrong on one machine only. The run goes on, and one line says how."""
+    cfg, models, data = fresh(base)
+
+    own = attention.attention_in_parts
+    monkeypatch.setattr(attention, "attention_in_parts", lambda *args: 1.1 * own(*args))
+    line = selfcheck(cfg, models, data, fresh=True)
+    assert not models.policy.shared_prompts
+    assert not models.reference.shared_prompts
+    assert "each prompt is read again for each of its responses" in caplog.text
+    largest = [float(x) for x in re.findall(r"\d\.\de-\d+", line)]
+    assert max(largest) <= MAX_GAP
 
 
 @pytest.mark.parametrize("broken", ["sampler", "ratio", "reference"])

@@ -20,7 +20,8 @@ from rlkl.policy import lora
 from rlkl.policy.attention import unsupported
 from rlkl.policy.model import check_folder
 from rlkl.rollout import SAMPLERS
-from rlkl.rollout.engine import default_slots
+from rlkl.rollout.engine import capacity_bucket, default_slots, halved
+from rlkl.rollout.graphs import KEEP_SHARE
 from rlkl.rollout.sampling import encode
 from rlkl.run.algorithm import reads_old_logprobs
 from rlkl.run.schema import Config, Lora
@@ -119,7 +120,7 @@ def tokens(
     return Tokens(
         prompt=longest,
         sampled=rounds * (rows + greedy) * cfg.sampling.max_new_tokens,
-        scored=(cfg.model.reference + reads_old_logprobs(cfg)) * read,
+        scored=((cfg.model.reference is not False) + reads_old_logprobs(cfg)) * read,
         learned=cfg.optim.epochs * read,
     )
 
@@ -143,8 +144,9 @@ def memory(cfg: Config, config: Any, longest: int, width: int, exact: bool, cuda
     masters = master_bytes(cfg, count.trained + critic_network, critic_head, width)
     moments = 2 * (count.trained + critic_network + critic_head) * wide
     offload = cfg.optim.offload
-    has_reference = cfg.model.reference and not cfg.lora.r  # LoRA: the policy without its adapter
-    sampled_rows = concurrent_rows(cfg, cuda)
+    # With LoRA it is the policy without its adapter.
+    has_reference = cfg.model.reference is not False and not cfg.lora.r
+    sampled_rows, sampled_length = cache_size(cfg, length, cuda)
     shared_prompts = shares_prompts(config)
     groups, group = largest_microbatch(cfg, longest, shared_prompts)
     response_tokens = groups * group.samples * group.response
@@ -153,7 +155,7 @@ def memory(cfg: Config, config: Any, longest: int, width: int, exact: bool, cuda
         reference=count.policy * width if has_reference else 0,
         masters=0 if offload else masters,
         moments=0 if offload else moments,
-        kv_cache=sampled_rows * length * kv_bytes_per_token(text, width),
+        kv_cache=sampled_rows * sampled_length * kv_bytes_per_token(text, width),
         sampling_logits=sampling_logits_bytes(text, sampled_rows, width, cuda),
         gradients=trained,
         activations=groups * activations(cfg, config, group, DTYPES[width], shared_prompts),
@@ -190,17 +192,21 @@ def sampling_logits_bytes(text: Any, rows: int, width: int, cuda: bool) -> int:
     return (per_row * rows + copy) * text.vocab_size
 
 
-def concurrent_rows(cfg: Config, cuda: bool) -> int:
-    """Responses that hold keys and values at once: all, or as many as the backend has slots.
+def cache_size(cfg: Config, length: int, cuda: bool) -> tuple[int, int]:
+    """Responses that hold keys and values at once, and for how many tokens each has room.
 
-    An evaluation samples no more rows at once than a rollout, but all samples of a prompt together.
+    All responses, or as many as the backend has slots. An evaluation samples no more rows at once
+    than a rollout, but all samples of a prompt together. length: of prompt and response, in tokens.
     """
     rows = max(cfg.sampling.rows, cfg.eval.samples)
     sampler = resolve(cfg.sampling.backend, SAMPLERS, "sampling.backend")
     options = signature(sampler).parameters
     if "slots" not in options:
-        return rows
-    return min(rows, options["slots"].default or default_slots("cuda" if cuda else "cpu"))
+        return rows, length
+    slots = options["slots"].default or default_slots("cuda" if cuda else "cpu")
+    if cuda:  # CUDA graphs need sizes that stay the same
+        return halved(slots, rows), capacity_bucket(length)
+    return min(rows, slots), length
 
 
 class Count(NamedTuple):
@@ -321,7 +327,8 @@ def plan(cfg: Config, exact: bool, device: torch.device, task: Any) -> list[str]
             for line, numbers in memory_lines(needed)
         ]
         lines[-1] += f" of {limit / 1e9:.3g} on {device}"
-        if needed.peak > limit:
+        kept = KEEP_SHARE * limit if cuda else 0  # between rollouts, for graphs
+        if needed.peak > limit - kept:
             peaks = {name: plan_of(changed).peak for name, changed in remedies(cfg, longest)}
             smaller = [
                 f"{name}: {peak / 1e9:.3g}" for name, peak in peaks.items() if peak < needed.peak

@@ -129,6 +129,13 @@ def capacity_bucket(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+def halved(slots: int, rows: int) -> int:
+    """`slots` halved as long as each row has one, and they are not too few for a graph."""
+    while slots // 2 >= max(rows, MIN_GRAPH_SLOTS):
+        slots //= 2
+    return slots
+
+
 def free_bytes(device: torch.device) -> float:
     """Memory that is free on a CUDA device; no limit elsewhere."""
     if device.type != "cuda":
@@ -230,9 +237,9 @@ class ContinuousBatch:
         fitting = max(int(min(budget / (capacity * bytes_per_token), slots)), 1)
         if not self.fixed_shapes:
             return min(fitting, self.rows)
-        while slots > fitting or slots // 2 >= max(self.rows, MIN_GRAPH_SLOTS):
+        while slots > fitting:
             slots //= 2
-        return slots
+        return halved(slots, self.rows)
 
     def new_state(self, sizes: Sizes, uniforms: Tensor, slot_divisor: int) -> DecodeState:
         """Room on the device, with fewer slots where its free memory is short."""

@@ -20,6 +20,9 @@ from rlkl.run.check_plugins import check_kl, check_plugins, needs_exact_kl
 from rlkl.run.schema import Config
 from rlkl.types import Batch, Rollout
 
+# The KL to the reference changes slowly, and a pass of the reference takes about 14 % of a step.
+METER_EVERY = 5
+
 
 @dataclass
 class Algorithm:
@@ -114,6 +117,19 @@ def bootstrap_discount(cfg: Config, options: dict[str, Any]) -> float:
 
 def kl_in_reward(cfg: Config) -> bool:
     return cfg.kl_ref.coef > 0 and cfg.kl_ref.place == "reward"
+
+
+def reads_reference(cfg: Config, step: int) -> bool:
+    """Is a rollout scored by the reference in this step?
+
+    Always where kl_ref is charged, or a user's function may read `ref_logprobs`. For the metrics
+    alone, with model.reference=auto, every METER_EVERY steps and in the last one.
+    """
+    selects = cfg.selector is not None and cfg.selector["name"] not in SELECTORS
+    kl_old = cfg.kl_old.coef > 0 and cfg.kl_old.estimator not in KL_OLD_LOSSES
+    users = cfg.loss["name"] not in LOSSES or selects or kl_old
+    due = step % METER_EVERY == 0 or step == cfg.optim.steps - 1
+    return cfg.model.reference is True or cfg.kl_ref.coef > 0 or users or due
 
 
 def reads_old_logprobs(cfg: Config) -> bool:

@@ -64,8 +64,8 @@ class Model:
     """causal LM: a directory or a hub name; tiny = a small one that is made here when first used"""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """of weights and compute; auto = bfloat16 on cuda (with float32 masters), else float32"""
-    reference: bool = True
-    """keep a frozen copy of the first policy: kl_ref needs it, and the KL metrics"""
+    reference: Literal["auto", True, False] = "auto"
+    """keep a frozen first policy: for kl_ref, and its metrics; auto: the metrics 1 step in 5"""
     logprobs: Literal["auto", "reference", "tiled", "fused"] = "auto"
     """how log-probs are computed: from all logits, in tiles, in tiles with Triton; auto by size"""
     gradient_checkpointing: bool = False
