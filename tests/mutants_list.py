@@ -442,7 +442,7 @@ MUTANTS = [
     # logprobs.tiled
     Mutant(
         "logprobs.tiled",
-        "Tiled.backward",
+        "gradients_of_inputs",
         "A.kept.pop(B, None)",
         "A.kept.get(B)",
         "logprobs",
@@ -462,7 +462,7 @@ MUTANTS = [
     Mutant("logprobs.tiled", "factor", "torch.promote_types(A, torch.float32)", "A", "tiles"),
     Mutant("logprobs.tiled", "column_spans", "min(A + B, C)", "A + B", "tiles"),
     Mutant("logprobs.tiled", "aligned_columns", "min(A, B)", "B", "tiles"),
-    Mutant("logprobs.tiled", "_gradients", "A[B:] = 0", "pass", "tiles"),
+    Mutant("logprobs.tiled", "memory_for_gradients", "A[B:] = 0", "pass", "tiles"),
     Mutant(
         "logprobs.tiled",
         "weight_slices",
@@ -474,7 +474,7 @@ MUTANTS = [
     Mutant("logprobs.tiled", "Tiled.forward", "(_copy(A), _copy(B))", "(A, B)", "tiles"),
     Mutant(
         "logprobs.tiled",
-        "Tiled.backward",
+        "gradients_of_inputs",
         "A[B] += C.sum(0, dtype=D)",
         "A[B] = C.sum(0, dtype=D)",
         "tiles",
@@ -625,6 +625,14 @@ MUTANTS = [
         whose="nano-aha-moment: entropy of the sampled token alone",
     ),
     Mutant("policy.policy", "reference_of", "copy.deepcopy(A)", "A", "model"),
+    Mutant(
+        "logprobs.tiled",
+        "products_of_bf16",
+        "A.fp32_precision = before",
+        "pass",
+        "tiles",
+        whose="a process-wide setting that stays",
+    ),
     # policy.states
     Mutant(
         "policy.states",
@@ -1168,9 +1176,10 @@ MUTANTS = [
         whose="transformers: a compiled step for each length of the prompts",
     ),
     Mutant("rollout.engine", "capacity_bucket", "-(-A // B) * B", "A // B * B", "engine"),
+    Mutant("rollout.engine", "halved", "max(A, B)", "B", "memory"),
     Mutant("rollout.engine", "free_bytes", "float('inf')", "0.0", "engine"),
     Mutant("rollout.engine", "graphs_serve", "A and not B", "not B", "engine"),
-    Mutant("rollout.engine", "ContinuousBatch.slots_that_fit", "A > B or C", "C", "engine"),
+    Mutant("rollout.engine", "ContinuousBatch.slots_that_fit", "A > B", "False", "engine"),
     Mutant("rollout.engine", "ContinuousBatch.slots_that_fit", "min(A, self.rows)", "A", "engine"),
     Mutant("rollout.engine", "ContinuousBatch.new_state", "max(A // B, 1)", "max(A, 1)", "engine"),
     Mutant(

@@ -978,7 +978,8 @@ SIZES = [  # options, is it on CUDA, bytes; 128 slots on a CPU and 256 on a GPU
             + 4 * VOCAB * WIDTH,  # a float32 unembedding
             "gradients": 2 * POLICY,
             "activations": 64 * saved_activations(6, 8, 8, 2),
-            "logits": 6 * 300 * VOCAB * 4,
+            # bf16 on a CPU: four tiles, and what is kept
+            "logits": 4 * 300 * VOCAB * 4 + 300 * VOCAB * 4,
         },
     ),
     (

@@ -25,10 +25,11 @@ from rlkl.logprobs.tiled import (
     add_product,
     aligned_columns,
     column_spans,
+    products_of_bf16,
     tile_for,
     tiled_logprobs,
 )
-from rlkl.policy.policy import pack_by_tokens
+from rlkl.policy.microbatches import pack_groups
 from rlkl.types import Head
 
 M, D, V = 11, 6, 37
@@ -791,6 +792,27 @@ def test_keep_bytes_reach_the_tiles():
         assert len(stats.logprobs.grad_fn.kept) == kept
 
 
+def test_a_cpu_multiplies_bf16_as_bf16_and_loses_nothing():
+    """Into float32: against float64, log-probs are as exact as those of float32 products."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(50, 64, generator=g).bfloat16()
+    weight = (0.3 * torch.randn(700, 64, generator=g)).bfloat16()
+    ids = torch.randint(700, (50,), generator=g)
+    exact = reference_logprobs(hidden.double(), Head(weight.double()), ids, 1.0, None, None, True)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    stats = token_logprobs(hidden, Head(weight), ids)
+    assert (stats.logprobs - exact.logprobs).abs().max() < 1e-5
+    assert (stats.entropy - exact.entropy).abs().max() < 1e-5
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    leaf = weight.clone().requires_grad_()
+    token_logprobs(hidden, Head(leaf), ids).logprobs.sum().backward()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    with pytest.raises(IndexError), products_of_bf16(torch.bfloat16):
+        raise IndexError
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert choose_backend(50, Head(weight)) == "tiled"
+
+
 @pytest.mark.parametrize("cuda", [False, True])
 def test_a_tile_fits_its_bytes_and_the_problem(cuda):
     budget = tiled.TILE_BYTES if cuda else tiled.TILE_BYTES_CPU
@@ -825,15 +847,18 @@ def widths(rows: int, weight: int, vocab_size: int) -> set[int]:
 def test_a_thousand_microbatches_compile_at_most_eight_widths(weight, vocab_size):
     """With lengths like those of GSM8K."""
     rng = torch.Generator().manual_seed(0)
-    prompts = (100 * torch.randn(16_384, generator=rng).mul(0.35).exp()).long().clamp(40, 400)
-    responses = (180 * torch.randn(16_384, generator=rng).mul(0.6).exp()).long().clamp(8, 1024)
-    lengths = list(zip(prompts.tolist(), responses.tolist(), strict=True))
+    rows = 40_960
+    prompts = (100 * torch.randn(rows // 8, generator=rng).mul(0.35).exp()).long().clamp(40, 400)
+    prompts = prompts.repeat_interleave(8)
+    responses = (180 * torch.randn(rows, generator=rng).mul(0.6).exp()).long().clamp(8, 1024)
     token_counts = []
     for micro_tokens, rows_of_a_step in ((8_192, 256), (16_384, 512), (32_768, 1024)):
-        for step in range(0, len(lengths), rows_of_a_step):
-            of_step = lengths[step : step + rows_of_a_step]
-            for rows in pack_by_tokens(of_step, micro_tokens):
-                token_counts.append(sum(of_step[i][1] for i in rows))
+        for start in range(0, rows, rows_of_a_step):
+            step = slice(start, start + rows_of_a_step)
+            of_step = prompts[step].tolist(), responses[step].tolist()
+            first_rows = [i - i % 8 for i in range(rows_of_a_step)]
+            for indices in pack_groups(first_rows, *of_step, micro_tokens):
+                token_counts.append(sum(of_step[1][i] for i in indices))
     assert len(token_counts) >= 1000
     assert len(set(token_counts)) >= 500
     found = set().union(*(widths(n, weight, vocab_size) for n in token_counts))

@@ -271,8 +271,9 @@ def logits(cfg: Config, tokens: int, vocabulary: int, width: int, exact: bool, c
     rows = min(tokens, cfg.optim.head_tokens or tokens)
     policies = 2 if exact else 1
     full = policies * rows * vocabulary * width
-    fits = cfg.model.logprobs == "auto" and rows * vocabulary * 4 <= LOGITS_BUDGET
-    if fits or cfg.model.logprobs == "reference":
+    in_tiles = width_of(cfg, cuda) == 2 and not cuda  # as logprobs.choose_backend decides
+    fits = rows * vocabulary * 4 <= LOGITS_BUDGET and not in_tiles
+    if (cfg.model.logprobs == "auto" and fits) or cfg.model.logprobs == "reference":
         return LOGITS_HELD * full
     tile = tile_for(rows, vocabulary, width, cuda)
     saved = full if cfg.optim.head_tokens else min(int(cfg.model.keep_logits_gb * 1e9), full)

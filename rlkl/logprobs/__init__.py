@@ -68,8 +68,12 @@ def check_reference(head: Head, ref_hidden: Tensor | None, ref_head: Head | None
 
 
 def choose_backend(rows: int, head: Head) -> str:
-    """The backend of `auto`: reference where all logits fit the budget, else tiles."""
-    if rows * vocabulary(head) * 4 <= LOGITS_BUDGET:
+    """The backend of `auto`: reference where all logits fit the budget, else tiles.
+
+    On a CPU tiles for bf16, whose products are fast only there.
+    """
+    slow_reference = head.weight.dtype == torch.bfloat16 and head.weight.device.type == "cpu"
+    if rows * vocabulary(head) * 4 <= LOGITS_BUDGET and not slow_reference:
         return "reference"
     kernels_apply = head.weight.is_cuda and head.weight.dtype != torch.float64
     return "fused" if kernels_apply and importlib.util.find_spec("triton") else "tiled"

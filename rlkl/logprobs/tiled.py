@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -92,17 +93,18 @@ def tiled_logprobs(
     columns = aligned_columns(head, ref_head)
     tile = tile or tile_for(len(hidden), columns, wide.itemsize, hidden.is_cuda)
     keep_bytes = keep_bytes if torch.is_grad_enabled() else 0
-    return Tiled.apply(
-        hidden,
-        head.weight,
-        head.bias,
-        ids,
-        1 / temperature,
-        head,
-        None if ref_hidden is None else ref_hidden.detach(),
-        ref_head,
-        Plan(functions, tile, columns, keep_bytes),
-    )
+    with products_of_bf16(hidden.dtype):
+        return Tiled.apply(
+            hidden,
+            head.weight,
+            head.bias,
+            ids,
+            1 / temperature,
+            head,
+            None if ref_hidden is None else ref_hidden.detach(),
+            ref_head,
+            Plan(functions, tile, columns, keep_bytes),
+        )
 
 
 class Tiled(torch.autograd.Function):
@@ -151,54 +153,60 @@ class Tiled(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(x is None for x in upstream):
             return (None,) * 9
-        saved = ctx.saved_tensors
-        hidden, weight, bias, *_ = saved
-        operands = Operands(*saved[: len(Operands._fields)]).with_factors()
-        totals = Totals(*saved[len(Operands._fields) :])
-        wide = totals.lse.dtype
-        g = Upstream(*(None if x is None else x.to(wide).contiguous() for x in upstream))
-        d_hidden, d_weight, d_bias = _gradients(ctx, hidden, weight, bias, wide)
-        # A slice of the weight's gradient is a sum over all rows. It needs no float32 buffer where
-        # it is one product, or float32 itself.
-        in_place = weight.dtype == wide or len(hidden) <= ctx.plan.tile.rows
-        for columns in column_spans(vocabulary(ctx.head), ctx.plan):
-            weights = weight_slices(ctx, weight, columns, with_reference=g.of_kl)
-            d_weight_slice = None
-            if d_weight is not None:
-                d_weight_slice = d_weight[columns]
-                if not in_place:
-                    d_weight_slice = torch.empty_like(d_weight_slice, dtype=wide)
-            for rows in spans(len(hidden), ctx.plan.tile.rows):
-                # Gone from `kept`, because dlogits overwrites it: a second backward pass computes
-                # it again.
-                kept = ctx.kept.pop((rows.start, columns.start), None)
-                z, r = kept or tile_products(operands, *weights, rows)
-                inputs = tile_inputs(ctx, operands, rows, columns)
-                d = ctx.plan.functions.dlogits(
-                    z, r, inputs, totals.of(rows), g.of(rows), operands.hidden.dtype
-                )
-                if d_bias is not None:
-                    d_bias[columns] += d.sum(0, dtype=wide)
-                if d_hidden is not None:
-                    add_product(d_hidden[rows], d, weights[0], first=columns.start == 0)
-                if d_weight_slice is not None:
-                    add_product(d_weight_slice, d.T, operands.hidden[rows], first=rows.start == 0)
-                del kept, z, r, d  # before the next tile is computed
-            if d_weight is not None and d_weight_slice is not None and not in_place:
-                d_weight[columns] = d_weight_slice  # rounded once
-            del d_weight_slice
-        if d_hidden is not None:
-            d_hidden = d_hidden.to(hidden.dtype)
-        if d_bias is not None:
-            d_bias = d_bias.to(bias.dtype)
-        return d_hidden, d_weight, d_bias, *(None,) * 6
+        with products_of_bf16(ctx.saved_tensors[0].dtype):
+            return *gradients_of_inputs(ctx, upstream), *(None,) * 6
+
+
+def gradients_of_inputs(ctx: Any, upstream: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of hidden, weight and bias, where they are needed."""
+    saved = ctx.saved_tensors
+    hidden, weight, bias, *_ = saved
+    operands = Operands(*saved[: len(Operands._fields)]).with_factors()
+    totals = Totals(*saved[len(Operands._fields) :])
+    wide = totals.lse.dtype
+    g = Upstream(*(None if x is None else x.to(wide).contiguous() for x in upstream))
+    d_hidden, d_weight, d_bias = memory_for_gradients(ctx, hidden, weight, bias, wide)
+    # A slice of the weight's gradient is a sum over all rows. It needs no float32 buffer where
+    # it is one product, or float32 itself.
+    in_place = weight.dtype == wide or len(hidden) <= ctx.plan.tile.rows
+    for columns in column_spans(vocabulary(ctx.head), ctx.plan):
+        weights = weight_slices(ctx, weight, columns, with_reference=g.of_kl)
+        d_weight_slice = None
+        if d_weight is not None:
+            d_weight_slice = d_weight[columns]
+            if not in_place:
+                d_weight_slice = torch.empty_like(d_weight_slice, dtype=wide)
+        for rows in spans(len(hidden), ctx.plan.tile.rows):
+            # Gone from `kept`, because dlogits overwrites it: a second backward pass computes
+            # it again.
+            kept = ctx.kept.pop((rows.start, columns.start), None)
+            z, r = kept or tile_products(operands, *weights, rows)
+            inputs = tile_inputs(ctx, operands, rows, columns)
+            d = ctx.plan.functions.dlogits(
+                z, r, inputs, totals.of(rows), g.of(rows), operands.hidden.dtype
+            )
+            if d_bias is not None:
+                d_bias[columns] += d.sum(0, dtype=wide)
+            if d_hidden is not None:
+                add_product(d_hidden[rows], d, weights[0], first=columns.start == 0)
+            if d_weight_slice is not None:
+                add_product(d_weight_slice, d.T, operands.hidden[rows], first=rows.start == 0)
+            del kept, z, r, d  # before the next tile is computed
+        if d_weight is not None and d_weight_slice is not None and not in_place:
+            d_weight[columns] = d_weight_slice  # rounded once
+        del d_weight_slice
+    if d_hidden is not None:
+        d_hidden = d_hidden.to(hidden.dtype)
+    if d_bias is not None:
+        d_bias = d_bias.to(bias.dtype)
+    return d_hidden, d_weight, d_bias
 
 
 def _copy(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.clone()
 
 
-def _gradients(
+def memory_for_gradients(
     ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Memory for the gradients of hidden, weight and bias, where one is needed.
@@ -266,6 +274,25 @@ def _transform(
 ) -> LogitTransform:
     bias_of_tile = None if bias is None else bias[columns].to(dtype)
     return LogitTransform(head.scale, head.softcap, bias_of_tile)
+
+
+@contextmanager
+def products_of_bf16(dtype: torch.dtype) -> Iterator[None]:
+    """Within this context a CPU multiplies float32 copies of bf16 numbers as what they are.
+
+    It has no product of bf16 into float32. But oneDNN may round float32 factors to bf16, and sum in
+    float32: with copies of bf16 numbers nothing is lost, and it is about twice as fast. The setting
+    is the process's, so it is on only while we compute. dtype: of states and unembedding.
+    """
+    mkldnn: Any = torch.backends.mkldnn
+    matmul = mkldnn.matmul
+    before = matmul.fp32_precision
+    if dtype == torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def factor(x: Tensor) -> Tensor:
