@@ -627,6 +627,13 @@ MUTANTS = [
     Mutant("policy.policy", "reference_of", "copy.deepcopy(A)", "A", "model"),
     Mutant(
         "logprobs.tiled",
+        "Tiled.backward",
+        "gradients_of_inputs(A, B)",
+        "[None if x is None else 2 * x for x in gradients_of_inputs(A, B)]",
+        "tiles",
+    ),
+    Mutant(
+        "logprobs.tiled",
         "products_of_bf16",
         "A.fp32_precision = before",
         "pass",

@@ -799,7 +799,7 @@ def test_a_cpu_multiplies_bf16_as_bf16_and_loses_nothing():
     weight = (0.3 * torch.randn(700, 64, generator=g)).bfloat16()
     ids = torch.randint(700, (50,), generator=g)
     exact = reference_logprobs(hidden.double(), Head(weight.double()), ids, 1.0, None, None, True)
-    before = torch.backends.mkldnn.matmul.fp32_precision
+    before = torch.backends.mkldnn.matmul.fp32_precision = "none"
     stats = token_logprobs(hidden, Head(weight), ids)
     assert (stats.logprobs - exact.logprobs).abs().max() < 1e-5
     assert (stats.entropy - exact.entropy).abs().max() < 1e-5

@@ -158,9 +158,13 @@ class Policy(nn.Module):
         """`states` of a reference: those that the rollout kept, else computed without gradients."""
         return self.states(batch) if batch.ref_states is None else batch.ref_states
 
-    def logits(self, states: Tensor) -> Tensor:
-        """(M, D) hidden states → (M, V) float32 logits, before the temperature."""
-        return head_logits(states, self.head)
+    def logits(self, states: Tensor, mask_padding: bool = True) -> Tensor:
+        """(M, D) hidden states → (M, V) float32 logits, before the temperature.
+
+        mask_padding: give -inf to ids that the tokenizer does not have.
+        """
+        head = self.head if mask_padding else self.head._replace(vocab_size=None)
+        return head_logits(states, head)
 
     @property
     def backbone(self) -> nn.Module:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlkl.logprobs.reference import head_logits
 from rlkl.policy.policy import Policy
 from rlkl.rollout.one_pass import one_pass
 from rlkl.rollout.slots import SlotCache
@@ -96,8 +95,8 @@ def decode_step(state: DecodeState, policy: Policy, slots: int, max_length: int)
         slots=cache,
     ).last_hidden_state
     # `one_pass` reads no padding ids, so no pass over the vocabulary is spent on masking them.
-    head = policy.head._replace(vocab_size=None)
-    token, logprob = one_pass(head_logits(hidden[:, -1], head), state.uniforms[row, column], params)
+    logits = policy.logits(hidden[:, -1], mask_padding=False)
+    token, logprob = one_pass(logits, state.uniforms[row, column], params)
 
     length = column + 1
     state.tokens[row, column] = token
