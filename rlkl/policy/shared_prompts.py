@@ -111,38 +111,44 @@ def share_prompts(batch: Batch, flash: bool) -> SharedPrompts:
     first_rows = first_rows_of_prompts(batch)
     prompt_lengths = batch.prompt_mask.sum(1).tolist()
     lengths = batch.attended.sum(1).tolist()
+    segments = arrange(first_rows, prompt_lengths, lengths, joined=0 if flash else JOINED)
+    placed = places(segments, first_rows)
+
     ids = torch.cat([batch.prompt_ids, batch.response_ids], 1)
     width, device = batch.prompt_ids.shape[1], ids.device
-    segments = arrange(first_rows, prompt_lengths, lengths, joined=0 if flash else JOINED)
-
-    # Of each token of the row: its row and its column in `ids`.
-    spans = []
-    for segment in segments:
-        for i in segment.rows:
-            span = (
-                (width - prompt_lengths[i], width)
-                if segment.is_prompt
-                else (width, width + lengths[i])
-            )
-            spans.append((i, *span))
-    row = torch.cat([torch.full((end - first,), i) for i, first, end in spans])
-    column = torch.cat([torch.arange(first, end) for _, first, end in spans])
-
-    # The state after t response tokens lies where the last of them was read.
-    place = torch.zeros(ids.shape, dtype=torch.long)
+    row, column = sources(segments, prompt_lengths, lengths, width)
+    place = torch.zeros(ids.shape, dtype=torch.long)  # of each token of the batch
     place[row, column] = torch.arange(len(row))
+    # The state after t response tokens lies where the last of them was read, or the prompt's end.
     tokens_read = torch.arange(batch.mask.shape[1] + 1).minimum(torch.tensor(lengths)[:, None])
     own_row, prompt_row = torch.arange(len(ids))[:, None], torch.tensor(first_rows)[:, None]
-    states = place[torch.where(tokens_read > 0, own_row, prompt_row), width - 1 + tokens_read]
-    placed = places(segments, first_rows)
+    read_in = torch.where(tokens_read > 0, own_row, prompt_row)
     return SharedPrompts(
         ids=ids[row.to(device), column.to(device)][None],
         positions=(column - width + torch.tensor(prompt_lengths)[row])[None].to(device),
         response=torch.where(column < width, -1, row).to(device),
-        states=states.to(device),
+        states=place[read_in, width - 1 + tokens_read].to(device),
         parts=[] if flash else list(padded(segments, placed, device)),
         lengths=segment_lengths(placed, device) if flash else None,
     )
+
+
+def sources(
+    segments: list[Segment], prompt_lengths: Sequence[int], lengths: Sequence[int], width: int
+) -> tuple[Tensor, Tensor]:
+    """(L,) each: of each token its row and its column in [prompt_ids | response_ids].
+
+    width: columns of prompt_ids.
+    """
+    rows, columns = [], []
+    for segment in segments:
+        for i in segment.rows:
+            first, end = width, width + lengths[i]
+            if segment.is_prompt:
+                first, end = width - prompt_lengths[i], width
+            rows.append(torch.full((end - first,), i))
+            columns.append(torch.arange(first, end))
+    return torch.cat(rows), torch.cat(columns)
 
 
 def first_rows_of_prompts(batch: Batch) -> list[int]:
