@@ -239,12 +239,14 @@ def shuffled_minibatches(
 ) -> Iterator[Batch]:
     """Passes over the rows, each in a new random order, `size` rows at a time; None is all rows.
 
-    Whole groups are shuffled: responses to one prompt stay together, so that it is read once.
+    Groups are shuffled, and the rows of each: responses to one prompt stay together, so that it is
+    read once.
     """
-    groups = rearrange(torch.arange(len(batch)), "(n g) -> n g", g=group_size)
+    groups = len(batch) // group_size
     for _ in range(epochs):
-        order = torch.randperm(len(groups), generator=rng)
-        rows = rearrange(groups[order], "n g -> (n g)").to(batch.mask.device)
+        order = torch.randperm(groups, generator=rng)[:, None]
+        within = torch.rand(groups, group_size, generator=rng).argsort(1)
+        rows = rearrange(order * group_size + within, "n g -> (n g)").to(batch.mask.device)
         for some in rows.split(size or len(rows)):
             yield batch[some]
 

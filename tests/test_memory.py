@@ -254,10 +254,10 @@ def saved_for_backward(policy: Policy, batch: Batch) -> int:
 
 
 def bytes_of_row(batch: Batch, masks: int) -> int:
-    """Indices and masks of the attention over shared prompts; two query heads share keys here."""
+    """Indices and masks of the attention over shared prompts."""
     parts = share_prompts(batch, flash=False).parts
-    indices = sum(p.queries.nbytes + p.keys.nbytes + p.is_query.nbytes for p in parts)
-    scores = sum(2 * p.queries.shape[1] * p.keys.numel() for p in parts)
+    indices = sum(p.queries.nbytes + p.keys.nbytes + p.outputs.nbytes for p in parts)
+    scores = sum(p.queries.shape[1] * p.keys.numel() for p in parts)
     return indices + masks * scores * 4
 
 

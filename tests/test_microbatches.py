@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_types import MASKS, PROMPTS, P, T, assert_same, tensors
 
-from rlkl.policy.microbatches import MOST_PADDED, microbatches, pack_by_tokens
+from rlkl.policy.microbatches import MOST_KEYS, MOST_PADDED, microbatches, pack_by_tokens
 from rlkl.policy.shared_prompts import share_prompts
 from rlkl.types import Batch
 
@@ -122,3 +122,13 @@ def test_one_long_response_is_not_beside_many_short_ones():
     ids = torch.ones(401, 1, dtype=torch.long)
     batch = Batch(ids, ids.bool(), mask.long(), mask, mask.float(), mask[:, -1])
     assert max(micro.mask.numel() for _, micro in microbatches(batch, 1400, True)) <= 4 * 1400
+
+
+def test_many_short_responses_to_a_long_prompt_are_split():
+    """Each layer keeps a copy of the prompt's keys for each of them."""
+    prompt = torch.ones(64, 400, dtype=torch.long)
+    mask = torch.ones(64, 4, dtype=torch.bool)
+    batch = Batch(prompt, prompt.bool(), mask.long(), mask, mask.float(), ~mask[:, 0])
+    rows = [len(micro) for _, micro in microbatches(batch, 1000, True)]
+    assert sum(rows) == 64
+    assert max(rows) * 404 <= MOST_KEYS * 1000

@@ -62,6 +62,7 @@ REPEAT = (
     "sampling.max_new_tokens=12",
     "sampling.prompts=8",
     "kl_ref.coef=0",
+    "model.reference=true",
 )
 
 

@@ -175,7 +175,7 @@ def test_the_row_holds_each_prompt_and_each_response_once():
     batch = grouped()
     row = share_prompts(batch, flash=False)
     assert row.ids.shape[1] == 3 + 41 + 1 + 3 + 4 * (5 + 12 + 1 + 8 + 2)
-    assert sum(int(part.is_query.sum()) for part in row.parts) == row.ids.shape[1]
+    assert sum(len(part.outputs) for part in row.parts) == row.ids.shape[1]
 
 
 def test_short_responses_to_a_long_prompt_share_one_copy_of_its_keys():

@@ -320,14 +320,14 @@ def test_pi_old_is_scored_when_something_reads_it_before_the_update(base, option
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
-        ([], [0, 5, 8]),
+        ([], [0, 4]),
         (["model.reference=true"], list(range(9))),
         (["model.reference=false"], []),
         (["kl_ref.coef=0.1"], list(range(9))),
         (["kl_ref.coef=0.1", "kl_ref.place=loss", "kl_ref.estimator=k2"], list(range(9))),
         (["loss=user.py:loss"], list(range(9))),
         (["selector=user.py:all_tokens"], list(range(9))),
-        (["kl_old.coef=0.1"], [0, 5, 8]),
+        (["kl_old.coef=0.1"], [0, 4]),
     ],
     ids=lambda x: " ".join(map(str, x)),
 )
@@ -373,7 +373,7 @@ def test_a_model_whose_shared_prompts_are_far_off_is_read_row_by_row(base, monke
     line = selfcheck(cfg, models, data, fresh=True)
     assert not models.policy.shared_prompts
     assert not models.reference.shared_prompts
-    assert "each prompt is read again for each of its responses" in caplog.text
+    assert caplog.text.count("each prompt is read again for each of its responses") == 1
     largest = [float(x) for x in re.findall(r"\d\.\de-\d+", line)]
     assert max(largest) <= MAX_GAP
 

@@ -281,8 +281,9 @@ def products_of_bf16(dtype: torch.dtype) -> Iterator[None]:
     """Within this context a CPU multiplies float32 copies of bf16 numbers as what they are.
 
     It has no product of bf16 into float32. But oneDNN may round float32 factors to bf16, and sum in
-    float32: with copies of bf16 numbers nothing is lost, and it is about twice as fast. The setting
-    is the process's, so it is on only while we compute. dtype: of states and unembedding.
+    float32, about twice as fast. With copies of bf16 numbers nothing is lost; in the backward pass
+    ∂loss/∂products is rounded, as on a GPU. The setting is the process's, so it is on only while we
+    compute. dtype: of states and unembedding.
     """
     mkldnn: Any = torch.backends.mkldnn
     matmul = mkldnn.matmul

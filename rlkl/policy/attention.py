@@ -17,7 +17,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from rlkl.policy.shared_prompts import SharedPrompts
 
 SHARED_PROMPTS = "rlkl_shared_prompts"  # the name under which transformers knows our attention
-HAS_VARLEN = "enable_gqa" in signature(varlen_attn).parameters  # since torch 2.12
+VARLEN_OPTIONS = signature(varlen_attn).parameters
+HAS_VARLEN = {"scale", "window_size"} <= VARLEN_OPTIONS.keys()
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -92,7 +93,7 @@ def shared_prompt_attention(
             "soft-capping, sinks, or a layer that does not pass its options on to attention"
         )
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, heads, D)
-    attend = attention_in_parts if shared_prompts.parts else flash_attention
+    attend = attention_in_parts if shared_prompts.packed is None else flash_attention
     return attend(query, key, value, shared_prompts, scaling, sliding_window)[None], None
 
 
@@ -107,26 +108,20 @@ def attention_in_parts(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """(L, H, D) queries over (L, heads, D) keys, one part of the row after the other.
-
-    Query heads that share keys become rows of one query, so that no key is repeated for them.
-    """
-    shared_by = query.shape[1] // key.shape[1]
+    """(L, H, D) queries over (L, heads, D) keys, one part of the row after the other."""
     outputs = []
     for i, part in enumerate(row.parts):
-        q = query[part.queries]  # (R, Q, H, D)
-        k = key[part.keys].transpose(1, 2)  # (R, heads, K, D)
-        v = value[part.keys].transpose(1, 2)
-        if part.longest is not None and part.longest <= (window or part.longest):
-            out = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k, v, is_causal=True, scale=scale, enable_gqa=shared_by > 1
-            ).transpose(1, 2)
-        else:
-            q = rearrange(q, "r q (h s) d -> r h (s q) d", s=shared_by)
-            mask = row.mask(i, window, query.dtype, shared_by)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-            out = rearrange(out, "r h (s q) d -> r q (h s) d", s=shared_by)
-        outputs.append(out[part.is_query])
+        causal = part.causal(window)
+        out = F.scaled_dot_product_attention(
+            query[part.queries].transpose(1, 2),
+            key[part.keys].transpose(1, 2),
+            value[part.keys].transpose(1, 2),
+            attn_mask=None if causal else row.mask(i, window, query.dtype),
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=query.shape[1] > key.shape[1],
+        )
+        outputs.append(rearrange(out, "r h q d -> (r q) h d")[part.outputs])
     return torch.cat(outputs)
 
 
@@ -143,27 +138,30 @@ def flash_attention(
     The queries of a response are the last ones of its keys, and there the kernel aligns what is
     causal: a segment's last query sees all of its keys.
     """
-    lengths = row.lengths
-    assert lengths is not None
+    packed = row.packed
+    assert packed is not None
+    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in VARLEN_OPTIONS else {}
     out: Any = varlen_attn(
         query,
-        key[lengths.keys],
-        value[lengths.keys],
-        lengths.query_starts,
-        lengths.key_starts,
-        lengths.most_queries,
-        lengths.most_keys,
+        key[packed.keys],
+        value[packed.keys],
+        packed.cu_seqlens_q,
+        packed.cu_seqlens_k,
+        packed.max_seqlen_q,
+        packed.max_seqlen_k,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=True,
+        **options,
     )
     return out
 
 
 def flash_serves(backbone: Any, device: torch.device) -> bool:
     """Whether torch's flash attention takes this model's dtype and head sizes on this device."""
+    if not HAS_VARLEN or device.type != "cuda":
+        return False
     config = backbone.config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    head_fits = size <= 256 and getattr(config, "v_head_dim", size) == size
+    head_fits = size <= 256 and size % 8 == 0 and not hasattr(config, "v_head_dim")
     sixteen_bits = backbone.dtype in (torch.float16, torch.bfloat16)
-    return HAS_VARLEN and device.type == "cuda" and sixteen_bits and head_fits
+    return sixteen_bits and head_fits and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -11,6 +11,9 @@ from rlkl.types import Batch
 # Padded response tokens of a micro-batch, per token that it may read. Only what the model says of a
 # token is padded, a few numbers beside what each layer keeps: four times as many are still cheap.
 MOST_PADDED = 4
+# Keys that all responses of a micro-batch see, per token that it may read. Each layer keeps a copy
+# of a prompt's keys for every response: at 8 they take at most as much as all else it keeps.
+MOST_KEYS = 8
 
 
 class Rows(NamedTuple):
@@ -18,7 +21,14 @@ class Rows(NamedTuple):
 
     rows: list[int]
     tokens: int  # of their responses, and of each of their prompts once
+    keys: int  # of their responses, and of their prompts once for each
     longest: int  # tokens of the longest response
+
+    def fits(self, max_tokens: int) -> bool:
+        """Whether these rows are one micro-batch."""
+        padded = len(self.rows) * self.longest
+        few_keys = self.keys <= MOST_KEYS * max_tokens
+        return self.tokens <= max_tokens and padded <= MOST_PADDED * max_tokens and few_keys
 
 
 def microbatches(
@@ -52,7 +62,10 @@ def pack_groups(
     groups: list[Rows] = []
     for first, rows in rows_by_prompt(first_rows).items():
         longest_first = sorted(rows, key=lambda row: -responses[row])
-        single = [Rows([row], responses[row], responses[row]) for row in longest_first]
+        single = [
+            Rows([row], responses[row], prompts[first] + responses[row], responses[row])
+            for row in longest_first
+        ]
         groups += join(single, max_tokens, prompts[first])
     groups.sort(key=lambda group: -group.longest)
     for joined in join(groups, max_tokens):
@@ -64,11 +77,14 @@ def join(parts: Iterable[Rows], max_tokens: int, prompt: int = 0) -> Iterator[Ro
     together: Rows | None = None
     for part in parts:
         if together is not None:
-            rows = together.rows + part.rows
-            tokens = together.tokens + part.tokens
-            longest = max(together.longest, part.longest)
-            if tokens <= max_tokens and len(rows) * longest <= MOST_PADDED * max_tokens:
-                together = Rows(rows, tokens, longest)
+            joined = Rows(
+                together.rows + part.rows,
+                together.tokens + part.tokens,
+                together.keys + part.keys,
+                max(together.longest, part.longest),
+            )
+            if joined.fits(max_tokens):
+                together = joined
                 continue
             yield together
         together = part._replace(tokens=part.tokens + prompt)

@@ -68,6 +68,7 @@ def load(
     check_reproduced(checked)
     policy = Policy(lm.to(dtype), critic, vocab_size=len(tokenizer)).eval()
     policy.shared_prompts = checked.shared_prompts
+    check_kernels(policy)
     return policy, tokenizer
 
 
@@ -105,9 +106,22 @@ def check_reproduced(policy: Policy) -> None:
         policy.shared_prompts = False
         with_shared_prompts, problem = problem, reproduction_problem(policy, tolerance)
         if not problem:
-            policy.read_prompts_again(with_shared_prompts)
+            policy.stop_sharing_prompts(with_shared_prompts)
     if problem:
         raise UserError(f"{kind} models are not supported: {problem}")
+
+
+@torch.no_grad()
+def check_kernels(policy: Policy) -> None:
+    """Score a few tokens in the dtype of the run, whose kernels may not serve this model or device.
+
+    They are those of the attention over shared prompts: without them prompts are not shared.
+    """
+    if policy.shared_prompts:
+        try:
+            policy(probe(policy))
+        except RuntimeError as error:
+            policy.stop_sharing_prompts(first_line(error))
 
 
 def reproduction_problem(policy: Policy, tolerance: float) -> str | None:
@@ -121,13 +135,8 @@ def reproduction_problem(policy: Policy, tolerance: float) -> str | None:
     return f"our log-probs are {gap:.2g} nats off those of the model's own logits"
 
 
-@torch.no_grad()
-def gap_to_own_logits(policy: Policy) -> float:
-    """The largest difference in nats, as a scorer and as a sampler reads.
-
-    Scored are two responses to one prompt, and one to a shorter prompt. Read are both prompts,
-    side by side with padding on the left.
-    """
+def probe(policy: Policy) -> Batch:
+    """Two responses to one prompt, and one to a shorter prompt."""
     vocab_size = policy.vocab_size or policy.head.weight.shape[0]
     device = policy.lm.device
     ids = (torch.arange(18, device=device) * 37 + 5) % vocab_size
@@ -136,7 +145,19 @@ def gap_to_own_logits(policy: Policy) -> float:
     mask = torch.ones_like(response, dtype=torch.bool)
     prompt_mask = torch.stack([mask[0], mask[0], short])
     zeros = torch.zeros(response.shape, device=device)
-    batch = Batch(prompt, prompt_mask, response, mask, zeros, truncated=mask[:, 0])
+    return Batch(prompt, prompt_mask, response, mask, zeros, truncated=mask[:, 0])
+
+
+@torch.no_grad()
+def gap_to_own_logits(policy: Policy) -> float:
+    """The largest difference in nats, as a scorer and as a sampler reads.
+
+    Scored are the responses of `probe`. Read are its prompts, side by side with padding on the
+    left.
+    """
+    batch = probe(policy)
+    prompt, prompt_mask, response = batch.prompt_ids, batch.prompt_mask, batch.response_ids
+    vocab_size = policy.vocab_size or policy.head.weight.shape[0]
     ours = policy(batch).logprobs
     states = policy.backbone(
         input_ids=prompt,

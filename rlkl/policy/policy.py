@@ -138,11 +138,11 @@ class Policy(nn.Module):
             try:
                 return hidden_states(backbone, batch, shared_prompts=True)
             except Unsupported as error:
-                self.read_prompts_again(str(error))
+                self.stop_sharing_prompts(str(error))
         return hidden_states(backbone, batch, shared_prompts=False)
 
-    def read_prompts_again(self, reason: str) -> None:
-        """From here on, read each prompt once for each of its responses, and say why."""
+    def stop_sharing_prompts(self, reason: str) -> None:
+        """From here on, read each prompt again for each of its responses, and say why."""
         self.shared_prompts = False
         logging.getLogger("rlkl").warning(
             f"{self.lm.config.model_type}: each prompt is read again for each of its responses "

@@ -6,8 +6,8 @@ The model reads a micro-batch as a single row of tokens, without padding:
 
 A response token sees its prompt and the earlier tokens of its own response, and its position counts
 on from the prompt: the same as if prompt and response stood alone. All layers but the attention
-work on each token by itself, so that a prompt costs them what it costs once. (Prefix Grouper,
-arXiv:2506.05433, shares prompts in the same way.)
+work on each token by itself, so that a prompt costs them what it costs once. This is packing, with
+a prefix that several sequences share. (Prefix Grouper, arXiv:2506.05433, does the same.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
-from einops import repeat
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,19 +53,32 @@ class PaddedSegments:
 
     queries: Tensor  # (R, Q) places in the row of tokens
     keys: Tensor  # (R, K): the prompt of the segment, then the segment itself
-    is_query: Tensor  # (R, Q) bool, False on padding
-    is_key: Tensor  # (R, K) bool
-    longest: int | None  # tokens of the longest segment, where none sees a prompt before it
+    is_key: Tensor  # (R, K) bool, False on padding
+    outputs: Tensor  # where in the (R · Q) queries those are that are no padding
+    are_prompts: bool  # none of the segments sees a prompt before it
+
+    def causal(self, window: int | None) -> bool:
+        """Whether each query sees the keys up to itself, and no mask is needed to say so."""
+        return self.are_prompts and (window is None or self.queries.shape[1] <= window)
+
+    def to(self, device: torch.device) -> PaddedSegments:
+        return PaddedSegments(
+            queries=self.queries.to(device),
+            keys=self.keys.to(device),
+            is_key=self.is_key.to(device),
+            outputs=self.outputs.to(device),
+            are_prompts=self.are_prompts,
+        )
 
 
-class SegmentLengths(NamedTuple):
+class PackedSegments(NamedTuple):
     """S segments one after the other, without padding, as flash attention reads them."""
 
     keys: Tensor  # places in the row of tokens: of each segment its prompt, then itself
-    query_starts: Tensor  # (S+1,) int32: where each segment's queries start, and the end
-    key_starts: Tensor  # (S+1,) int32
-    most_queries: int  # of a segment
-    most_keys: int
+    cu_seqlens_q: Tensor  # (S+1,) int32: where each segment's queries start, and the end
+    cu_seqlens_k: Tensor  # (S+1,) int32
+    max_seqlen_q: int
+    max_seqlen_k: int
 
 
 @dataclass
@@ -77,14 +89,14 @@ class SharedPrompts:
     positions: Tensor  # (1, L) long: of each token, in its prompt and response
     response: Tensor  # (L,) long: the row of the batch that a token is from, -1 in a prompt
     states: Tensor  # (B, T+1) long: where the prompt and 0, 1, …, T response tokens have been read
-    parts: list[PaddedSegments]  # in the order of the tokens; none where flash attention is used
-    lengths: SegmentLengths | None  # for flash attention
+    parts: list[PaddedSegments]  # in the order of the tokens; none where there are `packed` ones
+    packed: PackedSegments | None  # for flash attention
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
-    def mask(self, part: int, window: int | None, dtype: torch.dtype, heads: int) -> Tensor:
-        """(R, 1, heads · Q, K) to add to a part's scores: 0 where a query sees a key, else -inf.
+    def mask(self, part: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(R, 1, Q, K) to add to a part's scores: 0 where a query sees a key, else -inf.
 
-        heads: query heads that share a key head. All layers with the same window share a mask.
+        All layers with the same window share it.
         """
         if (part, window) not in self.masks:
             queries, keys = self.parts[part].queries[:, :, None], self.parts[part].keys[:, None]
@@ -95,8 +107,7 @@ class SharedPrompts:
             if window is not None:
                 visible &= distance < window
             zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-            bias = zeros.masked_fill(~visible, -torch.inf)
-            self.masks[part, window] = repeat(bias, "r q k -> r 1 (h q) k", h=heads)
+            self.masks[part, window] = zeros.masked_fill(~visible, -torch.inf)[:, None]
         return self.masks[part, window]
 
 
@@ -106,7 +117,8 @@ class SharedPrompts:
 def share_prompts(batch: Batch, flash: bool) -> SharedPrompts:
     """Lay out a batch as one row of tokens. Rows whose prompts are equal share theirs.
 
-    flash: for flash attention, else for attention in padded parts.
+    Prompts are left-padded and have at least one token. flash: for flash attention, else for
+    attention in padded parts.
     """
     first_rows = first_rows_of_prompts(batch)
     prompt_lengths = batch.prompt_mask.sum(1).tolist()
@@ -128,8 +140,8 @@ def share_prompts(batch: Batch, flash: bool) -> SharedPrompts:
         positions=(column - width + torch.tensor(prompt_lengths)[row])[None].to(device),
         response=torch.where(column < width, -1, row).to(device),
         states=place[read_in, width - 1 + tokens_read].to(device),
-        parts=[] if flash else list(padded(segments, placed, device)),
-        lengths=segment_lengths(placed, device) if flash else None,
+        parts=[] if flash else [part.to(device) for part in padded(segments, placed)],
+        packed=packed(placed, device) if flash else None,
     )
 
 
@@ -189,8 +201,17 @@ def arrange(
     return sorted((s for s in segments if s.length), key=lambda segment: segment.size)
 
 
-def places(segments: list[Segment], first_rows: Sequence[int]) -> Tensor:
-    """(S, 4) of each segment: start, length, start of its prompt, tokens of its prompt."""
+class Places(NamedTuple):
+    """(S,) each: of each segment its start, its length, and those of the prompt before it."""
+
+    start: Tensor
+    length: Tensor
+    prompt_start: Tensor
+    prefix: Tensor
+
+
+def places(segments: list[Segment], first_rows: Sequence[int]) -> Places:
+    """Where the segments lie, one after the other."""
     ends = accumulate(segment.length for segment in segments)
     starts = [end - segment.length for end, segment in zip(ends, segments, strict=True)]
     prompt_starts = {
@@ -198,45 +219,43 @@ def places(segments: list[Segment], first_rows: Sequence[int]) -> Tensor:
         for start, segment in zip(starts, segments, strict=True)
         if segment.is_prompt
     }
-    return torch.tensor(
-        [
-            (start, s.length, prompt_starts.get(first_rows[s.rows[0]], 0), s.prefix)
-            for start, s in zip(starts, segments, strict=True)
-        ]
+    return Places(
+        start=torch.tensor(starts),
+        length=torch.tensor([s.length for s in segments]),
+        prompt_start=torch.tensor([prompt_starts.get(first_rows[s.rows[0]], 0) for s in segments]),
+        prefix=torch.tensor([s.prefix for s in segments]),
     )
 
 
-def padded(
-    segments: list[Segment], placed: Tensor, device: torch.device
-) -> Iterator[PaddedSegments]:
-    """Pad the segments of each size to one another. placed: as `places` returns it."""
+def padded(segments: list[Segment], placed: Places) -> Iterator[PaddedSegments]:
+    """Pad the segments of each size to one another."""
     counts = [len(list(of_one_size)) for _, of_one_size in groupby(segments, lambda s: s.size)]
-    for part in placed.to(device).split(counts):
-        start, length, prompt_start, prefix = part.T[..., None]  # (R, 1) each
-        query = torch.arange(int(length.max()), device=device)
-        key = torch.arange(int((prefix + length).max()), device=device)
+    for columns in zip(*(x.split(counts) for x in placed), strict=True):
+        start, length, prompt_start, prefix = (x[:, None] for x in columns)
+        query = torch.arange(int(length.max()))
+        key = torch.arange(int((prefix + length).max()))
         own_key = start + (key - prefix).minimum(length - 1)
         yield PaddedSegments(
             queries=start + query.minimum(length - 1),
             keys=torch.where(key < prefix, prompt_start + key, own_key),
-            is_query=query < length,
             is_key=key < prefix + length,
-            longest=None if prefix.any() else len(query),
+            outputs=(query < length).flatten().nonzero().squeeze(1),
+            are_prompts=not bool(prefix.any()),
         )
 
 
-def segment_lengths(placed: Tensor, device: torch.device) -> SegmentLengths:
-    """The segments for flash attention. placed: as `places` returns it."""
-    start, length, prompt_start, prefix = placed.T
+def packed(placed: Places, device: torch.device) -> PackedSegments:
+    """The segments without padding."""
+    start, length, prompt_start, prefix = placed
     keys = prefix + length
     key_starts = F.pad(keys.cumsum(0), (1, 0))
     segment = torch.arange(len(keys)).repeat_interleave(keys)
     key = torch.arange(int(keys.sum())) - key_starts[segment]  # within its segment
     own_key = start[segment] + key - prefix[segment]
-    return SegmentLengths(
+    return PackedSegments(
         keys=torch.where(key < prefix[segment], prompt_start[segment] + key, own_key).to(device),
-        query_starts=F.pad(length.cumsum(0), (1, 0)).int().to(device),
-        key_starts=key_starts.int().to(device),
-        most_queries=int(length.max()),
-        most_keys=int(keys.max()),
+        cu_seqlens_q=F.pad(length.cumsum(0), (1, 0)).int().to(device),
+        cu_seqlens_k=key_starts.int().to(device),
+        max_seqlen_q=int(length.max()),
+        max_seqlen_k=int(keys.max()),
     )

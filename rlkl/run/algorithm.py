@@ -21,7 +21,7 @@ from rlkl.run.schema import Config
 from rlkl.types import Batch, Rollout
 
 # The KL to the reference changes slowly, and a pass of the reference takes about 14 % of a step.
-METER_EVERY = 5
+REFERENCE_EVERY = 5
 
 
 @dataclass
@@ -123,12 +123,13 @@ def reads_reference(cfg: Config, step: int) -> bool:
     """Is a rollout scored by the reference in this step?
 
     Always where kl_ref is charged, or a user's function may read `ref_logprobs`. For the metrics
-    alone, with model.reference=auto, every METER_EVERY steps and in the last one.
+    alone, with model.reference=auto, in the first step and in every REFERENCE_EVERYth.
     """
     selects = cfg.selector is not None and cfg.selector["name"] not in SELECTORS
     kl_old = cfg.kl_old.coef > 0 and cfg.kl_old.estimator not in KL_OLD_LOSSES
     users = cfg.loss["name"] not in LOSSES or selects or kl_old
-    due = step % METER_EVERY == 0 or step == cfg.optim.steps - 1
+    number = step + 1  # as it is logged
+    due = number == 1 or number % REFERENCE_EVERY == 0
     return cfg.model.reference is True or cfg.kl_ref.coef > 0 or users or due
 
 

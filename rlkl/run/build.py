@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlkl.errors import UserError
 from rlkl.plugins import resolve
 from rlkl.policy import lora
+from rlkl.policy.attention import unsupported
 from rlkl.policy.model import checkpoint_layers, context_of, load, sampling_params
 from rlkl.policy.optimizer import Optimizer
 from rlkl.policy.policy import Policy, reference_of
@@ -108,6 +109,9 @@ def build_models(
     start = checkpoint.newest(Path(cfg.resume)) if cfg.resume else None
     name, dtype = model_name(cfg.model.name, task), dtype_of(cfg, device)
     policy, tokenizer = load(name, critic=cfg.critic.kind, device=device, dtype=dtype)
+    reason = unsupported(policy.backbone)
+    if reason is not None:
+        policy.stop_sharing_prompts(reason)
     if cfg.lora.r:
         lora.adapt(policy.lm, **asdict(cfg.lora), seed=derive_seed(cfg.seed, 0, "LoRA"))
     reference = reference_of(policy) if cfg.model.reference else None

@@ -39,8 +39,9 @@ def selfcheck(cfg: Config, models: Models, data: Data, fresh: bool) -> str:
     trained = score_as_trained(policy, batch, cfg.optim.micro_tokens)
     gap = (trained - alone)[batch.mask].abs()
     if policy.shared_prompts and not agree(gap, bfloat16):
-        for model in filter(None, (policy, models.reference)):
-            model.read_prompts_again(f"or log-probs would be up to {float(gap.max()):.1e} nats off")
+        policy.stop_sharing_prompts(f"or log-probs would be up to {float(gap.max()):.1e} nats off")
+        if models.reference is not None:
+            models.reference.shared_prompts = False
         trained = score_as_trained(policy, batch, cfg.optim.micro_tokens)
     gaps = {"ratio": trained - alone, "sampler": batch.sampler_logprobs - alone}
     if fresh and models.reference is not None:
