@@ -137,14 +137,10 @@ def test_every_backend_of_the_rollout_benchmark_does_the_same_work():
     assert full.matmuls(8) > 0
 
 
-def test_our_side_of_the_benchmark_against_trl_trains_on_responses_of_full_length(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(trl_step, "KINDS", {"fixed": 3})
-    monkeypatch.setattr(trl_step, "PROMPTS", 2)
-    monkeypatch.setattr(trl_step, "GROUP", 2)
-    trl_step.checkpoint(tmp_path / "model")
-    ours = trl_step.Ours(tmp_path, "fixed")
+def test_our_side_of_the_benchmark_against_trl_trains_on_responses_of_full_length(tmp_path):
+    work = trl_step.Work(vocabulary=64, prompt=8, response=3, prompts=2, group=2)
+    trl_step.save_model(tmp_path / "model", work, "fixed")
+    ours = trl_step.Ours(tmp_path, work, "fixed")
     with ours.data.scoring:
         seconds, tokens = ours.step()
     assert (tokens, ours.state.step) == (2 * 2 * 3, 1)
