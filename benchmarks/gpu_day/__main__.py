@@ -7,7 +7,7 @@
 Each stage has a file DIR/STAGE.json, which is written again after each of its parts. A part that
 ended well is not run again. A part is a process of its own: where the time of a stage is over, it
 is killed, and what it has written is kept. Nothing is installed. Packages that a machine lacks can
-be carried there in a folder, as --dry-run says: PYTHONPATH=.:wheels python -m benchmarks.gpu_day …
+be carried there in a folder, as --dry-run says: PYTHONPATH=wheels python -m benchmarks.gpu_day …
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from benchmarks.machine import commit_of, where
 
 ROOT = Path(__file__).parents[2]
 LEAST_SECONDS = 20  # of a stage's time, with which a part is still begun
+OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 KEPT_OUTPUT = 12_000  # characters
 NO_DEVICE = "no CUDA device here: --tiny runs shrunk stages on a CPU"
 
@@ -57,6 +58,7 @@ def run_part(part: Part, seconds: float, day: Day) -> dict[str, Any]:
             process = subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=ROOT,
+                env=os.environ | OFFLINE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -173,7 +175,7 @@ def print_how_to_carry(packages: list[str]) -> None:
         print(command, *with_requirements)
     if alone:
         print(command, "--no-deps", *alone)
-    print("then: PYTHONPATH=.:wheels python -m benchmarks.gpu_day …")
+    print("then: PYTHONPATH=wheels python -m benchmarks.gpu_day …")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -209,7 +211,6 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     args.out.mkdir(parents=True, exist_ok=True)
     day = Day(args.out.resolve(), args.runs.resolve(), args.commit)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     end = time.perf_counter() + 60 * args.minutes
     complete = True
     for stage in STAGES:
@@ -228,6 +229,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill keeps what a Ctrl-C keeps
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -67,7 +67,7 @@ def module(part: str, name: str, *arguments: str) -> Part:
 
 def tests(*names: str) -> tuple[Part, ...]:
     """A part for each file of tests/gpu."""
-    options = ("-q", "--no-header", "-p", "no:cacheprovider")
+    options = ("--tb=short", "-p", "no:cacheprovider")
     return tuple(Part(name, ("-m", "pytest", f"tests/gpu/{name}.py", *options)) for name in names)
 
 
