@@ -116,6 +116,15 @@ def measure(work: Work, ours: Worker, other: Worker, rounds: int) -> dict[str, A
     }
 
 
+def markdown(measured: dict[str, Any]) -> str:
+    """The table of docs/results.md."""
+    lines = ["| | s | s before | × before | goal |", "|---|---|---|---|---|"]
+    for name, row in measured["results"].items():
+        seconds = f"{row['seconds']:.2f} | {row['seconds_before']:.2f}"
+        lines.append(f"| {name} | {seconds} | {row['ratio']:.2f} | {row['goal']} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, print a table and write the results. Returns what was written."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

@@ -187,3 +187,9 @@ def test_stages_take_at_most_eight_minutes_and_name_what_they_import():
         assert "pydantic" not in needs[name]
     for name in ("learning", "memory", "trl"):
         assert {*RUN} <= needs[name]
+
+
+def test_the_page_of_results_lists_the_stages():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    rows = [f"| `{s.name}` | {s.purpose} | {s.minutes:g} |" for s in STAGES]
+    assert "\n".join(rows) in page

@@ -125,7 +125,7 @@ STAGES = (
     Stage(
         name="tests",
         purpose="tests/gpu: kernels, log-probs, policy, rollouts",
-        minutes=5,
+        minutes=6,
         parts=tests("test_policy", "test_logprobs_gpu", "test_engine_gpu"),
         tiny=tests("test_policy"),
         needs=TESTS,
@@ -171,7 +171,7 @@ STAGES = (
         name="memory",
         purpose="3 steps at the shape of Qwen2.5-1.5B: measured CUDA peak against the memory plan",
         minutes=8,
-        parts=memory("all", "checkpointing", "lora"),
+        parts=memory("all", "checkpointing", "lora", "lora-checkpointing"),
         tiny=memory("all", options=("--steps", "1", "--tiny")),
         needs=BASE | RUN | {"peft": "peft"},
         wants={},
