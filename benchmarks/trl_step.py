@@ -166,6 +166,9 @@ def measure(work: Work, kind: str, steps: int) -> dict[str, Any]:
         tokenizer = save_model(folder / "model", work, kind)
         ours = Ours(folder, work, kind)
         trl = trainer(folder, tokenizer, work, kind, steps + 1)
+        dtypes = ours.models.policy.lm.dtype, trl.model.dtype
+        if dtypes != (getattr(torch, work.dtype),) * 2:
+            raise RuntimeError(f"both sides are to be {work.dtype}: {dtypes}")
         generate = trl._generate
         tokens = 0  # of TRL's last rollout
 

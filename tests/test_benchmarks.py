@@ -138,9 +138,10 @@ def test_every_backend_of_the_rollout_benchmark_does_the_same_work():
 
 
 def test_our_side_of_the_benchmark_against_trl_trains_on_responses_of_full_length(tmp_path):
-    work = trl_step.Work(vocabulary=64, prompt=8, response=3, prompts=2, group=2)
+    work = trl_step.Work(vocabulary=64, dtype="bfloat16", prompt=8, response=3, prompts=2, group=2)
     trl_step.save_model(tmp_path / "model", work, "fixed")
     ours = trl_step.Ours(tmp_path, work, "fixed")
+    assert ours.models.policy.lm.dtype == torch.bfloat16
     with ours.data.scoring:
         seconds, tokens = ours.step()
     assert (tokens, ours.state.step) == (2 * 2 * 3, 1)
