@@ -142,6 +142,17 @@ def test_what_was_cut_or_failed_is_run_again_and_what_is_done_is_not(day):
     assert parts_of(day)["1"]["state"] == "done"
 
 
+def test_a_part_that_was_cut_does_not_keep_the_others_from_their_turn(day):
+    stage = stage_of(braces(WRITE) + WAIT, braces(WRITE))
+    assert not run_stage(stage, stage.parts, 1.0, day)
+    assert [*parts_of(day)] == ["0"]
+    assert not run_stage(stage, stage.parts, 2.0, day)
+    assert {name: part["state"] for name, part in parts_of(day).items()} == {
+        "0": "cut",
+        "1": "done",
+    }
+
+
 def braces(code: str) -> str:
     """Code in which a brace stands for itself, though the arguments are a format."""
     return code.replace("{", "{{").replace("}", "}}")

@@ -87,7 +87,7 @@ def run_part(part: Part, seconds: float, day: Day) -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """Device and versions, also of what only some machines have."""
     libraries = ["transformers"]
-    for name in ("triton", "trl", *PEERS.values()):
+    for name in ("triton", *PEERS.values()):
         with suppress(PackageNotFoundError):
             version(name)
             libraries.append(name)
@@ -105,12 +105,12 @@ def read(file: Path) -> Any:
 def run_stage(stage: Stage, parts: tuple[Part, ...], seconds: float, day: Day) -> bool:
     """Run the parts that are not done yet, and write the stage's file after each.
 
-    Returns whether all are done.
+    Those that were cut or failed before come last. Returns whether all are done.
     """
     file = day.out / f"{stage.name}.json"
     written = read(file) or {"stage": stage.name, "purpose": stage.purpose, "parts": {}}
     end = time.perf_counter() + seconds
-    for part in parts:
+    for part in sorted(parts, key=lambda part: part.name in written["parts"]):
         if is_done(written, part):
             continue
         left = end - time.perf_counter()
