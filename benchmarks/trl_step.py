@@ -45,6 +45,8 @@ KINDS = ("fixed", "ragged")
 SIZES = ("5M", "0.5B", "1.5B")
 # The mean length of ragged responses is (1 - e^-ENDS) / ENDS of the longest.
 ENDS = 2.0
+# So small that the chance to end stays what it is: a step takes as long with any other.
+LEARNING_RATE = 1e-8
 
 
 class Work(NamedTuple):
@@ -96,7 +98,7 @@ class Ours:
                 f"sampling.prompts={work.prompts}",
                 f"sampling.group_size={work.group}",
                 f"sampling.max_new_tokens={work.response}",
-                "optim.lr=1e-5",
+                f"optim.lr={LEARNING_RATE}",
                 "optim.warmup=0",
                 f"optim.micro_tokens={tokens // work.micro_batches}",
                 "eval.prompts=1",
@@ -133,7 +135,7 @@ def trainer(folder: Path, tokenizer: Any, work: Work, kind: str, steps: int) -> 
         num_generations=work.group,
         max_completion_length=work.response,
         max_steps=steps,
-        learning_rate=1e-5,
+        learning_rate=LEARNING_RATE,
         beta=0.0,
         loss_type="dapo",
         temperature=1.0,
