@@ -88,5 +88,5 @@ bench: $(BIN)/.run  ## seconds of each phase of a step; log-probs: time, memory 
 	@$(BIN)/python -m benchmarks.logprobs
 	@$(BIN)/python -m benchmarks.rollout
 
-gpu:  ## the tests of kernels, log-probs, policy and rollouts with the python3 at hand; installs nothing
-	@$(TEST) python3 -m pytest tests/gpu tests/test_logprobs.py tests/test_rollout.py tests/test_engine.py
+gpu:  ## what only a GPU can measure, 30 minutes, with the python3 at hand; resumable, installs nothing
+	@PYTHONPATH=wheels python3 -m benchmarks.gpu_day all --minutes 30

@@ -1,6 +1,6 @@
 """Rollouts against those of Hugging Face's transformers, on identical work.
 
-    python -m benchmarks.rollout [--quick] [--out FILE]
+    python -m benchmarks.rollout [--quick] [--works NAME ...] [--kinds fixed] [--out FILE]
 
 CPU seconds of one thread, or wall seconds on CUDA. Runs alternate, and a ratio is the median of
 the pairs' ratios. Responses are all of full length ("fixed"), or end at random, which makes them
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
 from benchmarks.machine import clock, where
+from benchmarks.synthetic import qwen2, qwen2_5
 from rlkl.policy.policy import Policy
 from rlkl.rollout import cached, engine
 from rlkl.rollout.engine import ContinuousBatch
@@ -42,33 +43,13 @@ class Work(NamedTuple):
     lengths: tuple[int, int] = (16, 64)  # of prompts
 
 
-def qwen2(hidden: int, layers: int, heads: int, kv_heads: int, vocabulary: int, ffn: int) -> dict:
-    """Options of Qwen2Config."""
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": ffn,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-    }
-
-
 CPU = [Work("5.6M", qwen2(256, 6, 8, 2, 4096, 768), 32, 8, 128)]
 QUICK = [Work("0.1M", qwen2(64, 2, 4, 2, 512, 192), 4, 4, 24)]
-QWEN_7B = qwen2(3584, 28, 28, 4, 152_064, 18944) | {"tie_word_embeddings": False}
 # The shapes of Qwen2.5 with random weights: 512 responses of up to 512 tokens.
-CUDA = [
-    Work("0.5B", qwen2(896, 24, 14, 2, 151_936, 4864), 64, 8, 512, (64, 256)),
-    Work("1.5B", qwen2(1536, 28, 12, 2, 151_936, 8960), 64, 8, 512, (64, 256)),
-    Work("3B", qwen2(2048, 36, 16, 2, 151_936, 11008), 64, 8, 512, (64, 256)),
-    Work("7B", QWEN_7B, 64, 8, 512, (64, 256)),
-]
+CUDA = [Work(size, qwen2_5(size), 64, 8, 512, (64, 256)) for size in ("0.5B", "1.5B", "3B", "7B")]
+WORKS = {work.name: work for work in [*QUICK, *CPU, *CUDA]}
+KINDS = ("fixed", "ragged")
+OPTIONAL = ("cached", "generate_batch", "engine, compiled")  # ratios need the others
 ONCE = {"generate_batch"}  # too slow to be run in each pair
 # Tokens per second on an H200 that are aimed at.
 GOALS = {"0.5B": 110_000, "1.5B": 65_000, "3B": 45_000, "7B": 25_000}
@@ -183,8 +164,11 @@ class Setting:
         return statistics.median(times)
 
 
-def measure(work: Work, ragged: bool, pairs: int) -> dict:
-    """Alternating runs of every backend: medians of tokens per second and of ratios to generate."""
+def measure(work: Work, ragged: bool, pairs: int, without: Sequence[str] = ()) -> dict:
+    """Alternating runs of every backend: medians of tokens per second and of ratios to generate.
+
+    without: names of backends that are not run.
+    """
     setting = Setting(work, ragged)
     runs = {
         "engine": lambda seed: setting.ours(engine, seed),
@@ -194,6 +178,7 @@ def measure(work: Work, ragged: bool, pairs: int) -> dict:
     }
     if torch.cuda.is_available():
         runs["engine, compiled"] = lambda seed: setting.ours(engine, seed, compile=True)
+    runs = {name: run for name, run in runs.items() if name not in without}
     rates: dict[str, list[float]] = {name: [] for name in runs}
     tokens: dict[str, int] = {}  # of the first measured run
     failed: dict[str, str] = {}
@@ -250,33 +235,45 @@ def show(results: dict) -> None:
     console.print(table)
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Measure, print a table and write the results. Returns what was written."""
+def parse(argv: list[str] | None, cuda: bool) -> argparse.Namespace:
+    """The command line, with what it leaves out filled in."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model and one pair")
+    parser.add_argument("--works", nargs="+", choices=WORKS, help="default: all of this device")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--without", nargs="+", choices=OPTIONAL, default=[])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
+    if args.works is None:
+        works = QUICK if args.quick else CUDA if cuda else CPU
+        args.works = [work.name for work in works]
+    if args.quick:
+        args.pairs = 1
+    if args.out is None:
+        args.out = Path(f"benchmarks/results/rollout-{'cuda' if cuda else 'cpu'}.json")
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Measure, write the results after each work, and print a table. Returns what was written."""
+    cuda = torch.cuda.is_available()
+    args = parse(argv, cuda)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    cuda = torch.cuda.is_available()
-    works = QUICK if args.quick else CUDA if cuda else CPU
-    pairs = 1 if args.quick else args.pairs
-    results = {
-        f"{work.name}, {kind}": measure(work, kind == "ragged", pairs)
-        for work in works
-        for kind in ("fixed", "ragged")
-    }
-    show(results)
     measured = {
         **where("transformers"),
         "clock": "seconds" if cuda else "CPU seconds",
         "goals_on_h200": GOALS,
         "measured_on_cuda": cuda,
-        "results": results,
+        "results": {},
     }
-    out = args.out or Path(f"benchmarks/results/rollout-{'cuda' if cuda else 'cpu'}.json")
-    out.write_text(json.dumps(measured, indent=1) + "\n")
+    for name in args.works:
+        for kind in args.kinds:
+            row = measure(WORKS[name], kind == "ragged", args.pairs, args.without)
+            measured["results"][f"{name}, {kind}"] = row
+            args.out.write_text(json.dumps(measured, indent=1) + "\n")
+    show(measured["results"])
     return measured
 
 

@@ -6,7 +6,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.rollout import Setting, Work, qwen2
+from benchmarks.rollout import Setting, Work
+from benchmarks.synthetic import qwen2
 from rlkl.rollout.engine import ContinuousBatch
 from rlkl.rollout.sampling import sampling_mode
 

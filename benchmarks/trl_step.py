@@ -1,11 +1,16 @@
 """A whole GRPO step against TRL's GRPOTrainer, on identical work.
 
-    python -m benchmarks.trl_step [--steps N]
+    python -m benchmarks.trl_step [--steps N] [--size 0.5B] [--vocabulary 32768] …
 
-Both have the same first weights, prompts, group size, reward, response lengths, AdamW, float32, no
-KL and one update per rollout. Both run in this process: a step of ours follows each step of TRL's.
-CPU seconds of one thread, or wall seconds on CUDA. This benchmark needs `pip install trl==1.16.0`,
-which is no dependency of the project.
+Both have the same first weights, dtype, prompts, group size, reward, lengths, AdamW, no KL and one
+update per rollout. Both run in this process: a step of ours follows each step of TRL's. CPU seconds
+of one thread, or wall seconds on CUDA. Prompts have between half of `--prompt` tokens and all of
+them. Responses are all of `--response` tokens ("fixed"), or end by chance at each token, after 43 %
+of that on average ("ragged").
+
+With bfloat16 both keep the weights in it. Ours steps float32 copies of them, TRL's AdamW the
+weights themselves. This benchmark needs `pip install trl==1.16.0`, which is no dependency of the
+project.
 """
 
 from __future__ import annotations
@@ -19,105 +24,83 @@ import statistics
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
 import train
-from benchmarks.machine import clock, where
+from benchmarks.machine import clock, commit_of, where
+from benchmarks.synthetic import qwen2, qwen2_5, random_digits, save_random_model, task_options
 from rlkl.run import config
 from rlkl.run.build import build
 from rlkl.run.session import step_inputs
 from rlkl.run.state import State
 from rlkl.run.terminal import console
 
-PROMPTS = 16
-GROUP = 8
-VOCABULARY = 64
-# The longest response in tokens. A random model ends a response with a chance of 1/64 per token, so
-# ragged responses are 30 % as long on average.
-KINDS = {"fixed": 128, "ragged": 205}
-FIRST_DIGIT = 30  # the ids of the digits, which the reward counts
-REWARD = f"""
-def share(examples, responses, batch):
-    ids = batch.response_ids
-    digits = ((ids >= {FIRST_DIGIT}) & (ids < {FIRST_DIGIT + 10}) & batch.mask).sum(1)
-    return digits / batch.mask.sum(1), {{}}
-"""
+KINDS = ("fixed", "ragged")
+SIZES = ("5M", "0.5B", "1.5B")
+# The mean length of ragged responses is (1 - e^-ENDS) / ENDS of the longest.
+ENDS = 2.0
+# So small that the chance to end stays what it is: a step takes as long with any other.
+LEARNING_RATE = 1e-8
 
 
-def checkpoint(folder: Path) -> Any:
-    """Save a Qwen2 of 4M parameters with a tokenizer of characters. Returns the tokenizer."""
-    names = ["<pad>", "<eos>", "<bos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789 +-=*?.,"]
-    names += [f"<extra{i}>" for i in range(VOCABULARY - len(names))]
-    core = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        unk_token="<unk>",
-        padding_side="left",
-    )
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=6,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            max_position_embeddings=4096,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=2,
-            tie_word_embeddings=False,
-        )
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
+class Work(NamedTuple):
+    """A model, and the tokens of a step."""
+
+    size: str = "5M"  # parameters
+    vocabulary: int = 8192
+    dtype: str = "float32"
+    prompt: int = 128  # tokens of the longest prompt
+    response: int = 128  # tokens of the longest response
+    prompts: int = 16
+    group: int = 8
+    micro_batches: int = 1  # passes through the model per update
+
+    @property
+    def model(self) -> dict:
+        """Options of Qwen2Config. The small one has 5.2M parameters with 8,192 tokens."""
+        if self.size == "5M":
+            return qwen2(256, 6, 4, 2, self.vocabulary, 512)
+        return qwen2_5(self.size, self.vocabulary)
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.group
+
+    def texts(self) -> list[str]:
+        """2048 prompts, one token a character."""
+        return random_digits(2048, self.prompt // 2, self.prompt)
 
 
-def prompts() -> list[str]:
-    """2048 prompts of 16 to 64 digits."""
-    rng = torch.Generator().manual_seed(0)
-    lengths = torch.randint(16, 65, (2048,), generator=rng).tolist()
-    return [random_digits(length, rng) for length in lengths]
-
-
-def random_digits(length: int, rng: torch.Generator) -> str:
-    digits = torch.randint(0, 10, (length,), generator=rng).tolist()
-    return "".join(str(digit) for digit in digits)
+def save_model(folder: Path, work: Work, kind: str) -> Any:
+    """Save the model that both sides start from. Returns its tokenizer."""
+    end = ENDS / work.response if kind == "ragged" else 0.0
+    return save_random_model(folder, work.model, work.dtype, work.vocabulary, end)
 
 
 class Ours:
     """Our training step, as train.py runs it."""
 
-    def __init__(self, folder: Path, kind: str) -> None:
-        (folder / "share.py").write_text(REWARD)
-        rows = [json.dumps({"prompt": p, "answer": "0"}) for p in prompts()]
-        (folder / "prompts.jsonl").write_text("\n".join(rows))
+    def __init__(self, folder: Path, work: Work, kind: str) -> None:
+        tokens = work.rows * (work.prompt + work.response)
         self.cfg = config.load(
             [
                 f"model.name={folder}/model",
+                f"model.dtype={work.dtype}",
                 "model.reference=false",
-                "task.name=jsonl",
-                f"task.path={folder}/prompts.jsonl",
-                f"reward.name={folder}/share.py:share",
+                *task_options(folder, work.texts()),
                 "sampling.backend.name=engine",
-                f"sampling.prompts={PROMPTS}",
-                f"sampling.group_size={GROUP}",
-                f"sampling.max_new_tokens={KINDS[kind]}",
-                "optim.lr=1e-5",
+                f"sampling.prompts={work.prompts}",
+                f"sampling.group_size={work.group}",
+                f"sampling.max_new_tokens={work.response}",
+                f"optim.lr={LEARNING_RATE}",
                 "optim.warmup=0",
+                f"optim.micro_tokens={tokens // work.micro_batches}",
                 "eval.prompts=1",
             ]
         )
@@ -137,36 +120,34 @@ class Ours:
         return clock() - start, int(metrics["tokens"])
 
 
-def trainer(folder: Path, tokenizer: Any, kind: str, steps: int) -> Any:
+def trainer(folder: Path, tokenizer: Any, work: Work, kind: str, steps: int) -> Any:
     """TRL's GRPOTrainer for the same work."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     def share(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
-        digits = range(FIRST_DIGIT, FIRST_DIGIT + 10)
-        return [sum(t in digits for t in ids) / max(len(ids), 1) for ids in completion_ids]
+        return [sum(t % 2 == 0 for t in ids) / max(len(ids), 1) for ids in completion_ids]
 
-    cuda = torch.cuda.is_available()
     args = GRPOConfig(
         output_dir=str(folder / "out"),
-        per_device_train_batch_size=PROMPTS * GROUP,
-        gradient_accumulation_steps=1,
-        num_generations=GROUP,
-        max_completion_length=KINDS[kind],
+        per_device_train_batch_size=work.rows // work.micro_batches,
+        gradient_accumulation_steps=work.micro_batches,
+        num_generations=work.group,
+        max_completion_length=work.response,
         max_steps=steps,
-        learning_rate=1e-5,
+        learning_rate=LEARNING_RATE,
         beta=0.0,
         loss_type="dapo",
         temperature=1.0,
-        use_cpu=not cuda,
+        use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
         report_to="none",
-        bf16=False,
+        bf16=False,  # no autocast: the weights have the dtype
         save_strategy="no",
         disable_tqdm=True,
         logging_steps=1,
         seed=0,
-        model_init_kwargs={"dtype": "float32"},
+        model_init_kwargs={"dtype": work.dtype},
         generation_kwargs={"suppress_tokens": [0, 1]} if kind == "fixed" else None,
     )
     return GRPOTrainer(
@@ -174,19 +155,22 @@ def trainer(folder: Path, tokenizer: Any, kind: str, steps: int) -> Any:
         reward_funcs=share,
         args=args,
         processing_class=tokenizer,
-        train_dataset=Dataset.from_dict({"prompt": prompts()}),
+        train_dataset=Dataset.from_dict({"prompt": work.texts()}),
     )
 
 
-def measure(kind: str, steps: int) -> dict[str, Any]:
+def measure(work: Work, kind: str, steps: int) -> dict[str, Any]:
     """Medians over the steps and over the ratios of neighbours, without the first step of each."""
     our_steps: list[tuple[float, int]] = []  # seconds, tokens
     trl_steps: list[tuple[float, int]] = []
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
         folder = Path(name)
-        tokenizer = checkpoint(folder / "model")
-        ours = Ours(folder, kind)
-        trl = trainer(folder, tokenizer, kind, steps + 1)
+        tokenizer = save_model(folder / "model", work, kind)
+        ours = Ours(folder, work, kind)
+        trl = trainer(folder, tokenizer, work, kind, steps + 1)
+        dtypes = ours.models.policy.lm.dtype, trl.model.dtype
+        if dtypes != (getattr(torch, work.dtype),) * 2:
+            raise RuntimeError(f"both sides are to be {work.dtype}: {dtypes}")
         generate = trl._generate
         tokens = 0  # of TRL's last rollout
 
@@ -237,32 +221,47 @@ def markdown(measured: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measure, print a line for each kind and write the results. Returns what was written."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line. Each field of Work is an option."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    default = Work()
+    parser.add_argument("--size", choices=SIZES, default=default.size)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default.dtype)
+    for name in ("vocabulary", "prompt", "response", "prompts", "group", "micro_batches"):
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, type=int, default=getattr(default, name))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=None)
-    args = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = Path(f"benchmarks/results/trl-step-{device}.json")
+    parser.add_argument("--out", type=Path, default=out)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Measure, print a line for each kind and write the results after it. Returns what it wrote."""
+    args = parse(argv)
+    work = Work(**{name: getattr(args, name) for name in Work._fields})
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    results = {kind: measure(kind, args.steps) for kind in KINDS}
-    for kind, row in results.items():
+    measured: dict[str, Any] = {
+        **where("transformers", "trl"),
+        "clock": "seconds" if torch.cuda.is_available() else "CPU seconds",
+        "commit": commit_of(Path(__file__).parents[1]),
+        **work._asdict(),
+        "results": {},
+    }
+    for kind in args.kinds:
+        row = measure(work, kind, args.steps)
+        measured["results"][kind] = row
+        args.out.write_text(json.dumps(measured, indent=1) + "\n")
         seconds, tokens = row["seconds"], row["tokens"]
         console.print(
             f"{kind}: rlkl {seconds['rlkl']:.2f} s a step of {tokens['rlkl']:.0f} tokens, TRL "
             f"{seconds['trl']:.2f} s of {tokens['trl']:.0f}: {row['ratio_per_token']:.2f} × a token"
         )
-    cuda = torch.cuda.is_available()
-    measured = {
-        **where("transformers", "trl"),
-        "clock": "seconds" if cuda else "CPU seconds",
-        "prompts": PROMPTS,
-        "group": GROUP,
-        "results": results,
-    }
-    out = args.out or Path(f"benchmarks/results/trl-step-{'cuda' if cuda else 'cpu'}.json")
-    out.write_text(json.dumps(measured, indent=1) + "\n")
     return measured
 
 

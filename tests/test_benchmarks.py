@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import logprobs, ops, peers, rollout, trl_step
+from benchmarks import learning, learning_worker, logprobs, ops, peers, rollout, trl_step
 from benchmarks.logprobs import QUICK, SHAPES, Live, first, inputs
 from rlkl.rollout import cached, engine
 
@@ -137,18 +137,38 @@ def test_every_backend_of_the_rollout_benchmark_does_the_same_work():
     assert full.matmuls(8) > 0
 
 
-def test_our_side_of_the_benchmark_against_trl_trains_on_responses_of_full_length(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(trl_step, "KINDS", {"fixed": 3})
-    monkeypatch.setattr(trl_step, "PROMPTS", 2)
-    monkeypatch.setattr(trl_step, "GROUP", 2)
-    trl_step.checkpoint(tmp_path / "model")
-    ours = trl_step.Ours(tmp_path, "fixed")
+def test_our_side_of_the_benchmark_against_trl_trains_on_responses_of_full_length(tmp_path):
+    work = trl_step.Work(vocabulary=64, dtype="bfloat16", prompt=8, response=3, prompts=2, group=2)
+    trl_step.save_model(tmp_path / "model", work, "fixed")
+    ours = trl_step.Ours(tmp_path, work, "fixed")
+    assert ours.models.policy.lm.dtype == torch.bfloat16
     with ours.data.scoring:
         seconds, tokens = ours.step()
     assert (tokens, ours.state.step) == (2 * 2 * 3, 1)
     assert seconds > 0
+
+
+def test_ragged_responses_of_that_benchmark_end_by_chance_after_about_43_percent(tmp_path):
+    work = trl_step.Work(vocabulary=512, prompt=8, response=32, prompts=16, group=8)
+    trl_step.save_model(tmp_path / "model", work, "ragged")
+    ours = trl_step.Ours(tmp_path, work, "ragged")
+    with ours.data.scoring:
+        _, tokens = ours.step()
+    assert 0.3 < tokens / (work.rows * work.response) < 0.6
+
+
+def test_each_work_of_the_rollout_benchmark_is_written_once_it_is_measured(tmp_path, monkeypatch):
+    out = tmp_path / "rollout.json"
+    written = []
+
+    def measured(work, ragged, pairs, without):
+        written.append([*json.loads(out.read_text())["results"]] if out.exists() else [])
+        return {"tokens_per_second": {}, "failed": {}}
+
+    monkeypatch.setattr(rollout, "measure", measured)
+    rollout.main(["--works", "0.1M", "5.6M", "--kinds", "fixed", "--out", str(out)])
+    assert written == [[], ["0.1M, fixed"]]
+    assert [*json.loads(out.read_text())["results"]] == ["0.1M, fixed", "5.6M, fixed"]
 
 
 def test_the_ratio_to_trl_is_the_median_of_seconds_per_token_of_neighbours():
@@ -158,3 +178,44 @@ def test_the_ratio_to_trl_is_the_median_of_seconds_per_token_of_neighbours():
     assert row["ratio_per_token"] == pytest.approx(3)  # the median of 2, 3 and 4
     assert row["seconds"] == {"rlkl": 1.0, "trl": 6.0}
     assert row["steps"] == 3
+
+
+# ------------------------------------------------------------------ learning
+
+
+class Side:
+    """A worker of the learning benchmark that answers at once."""
+
+    def __init__(self, seconds: list[float], gradient_norm: float = 1.0) -> None:
+        self.answers = [
+            {"seconds": s, "loss": 2.0, "gradient_norm": gradient_norm} for s in seconds
+        ]
+
+    def learn(self, lengths: dict[str, list]) -> dict[str, float]:
+        return self.answers.pop(0)
+
+
+def test_the_gain_in_learning_is_the_median_of_neighbours_without_the_first():
+    row = learning.measure(learning.WORKS[0], Side([9, 1, 2, 1]), Side([1, 2, 6, 4]), rounds=3)
+    assert row["ratio"] == pytest.approx(3)  # the median of 2, 3 and 4
+    assert (row["seconds"], row["seconds_before"]) == (1, 4)
+
+
+def test_two_checkouts_that_do_not_learn_the_same_are_not_compared():
+    with pytest.raises(ValueError, match="gradient_norm"):
+        learning.measure(learning.WORKS[0], Side([1]), Side([1], gradient_norm=1.1), rounds=0)
+
+
+def test_a_worker_learns_from_groups_of_the_given_lengths():
+    batch = learning_worker.random_batch([5, 3], [[2, 4], [1, 3]])
+    assert batch.prompt_mask.sum(1).tolist() == [5, 5, 3, 3]
+    assert batch.mask.sum(1).tolist() == [2, 4, 1, 3]
+    assert torch.equal(batch.prompt_ids[0], batch.prompt_ids[1])
+    row = learning_worker.learn(learning_worker.random_policy(), batch)
+    assert row["gradient_norm"] > 0
+
+
+def test_the_table_of_learning_is_the_measured_one():
+    measured = json.loads((RESULTS / "learning-cpu.json").read_text(encoding="utf-8"))
+    table = page("results.md").split("<!-- learning -->\n")[1].split("\n<!-- /learning -->")[0]
+    assert table == learning.markdown(measured)
