@@ -26,6 +26,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "examples.json"
 PAGES = [ROOT / "docs" / f"{name}.md" for name in ("examples", "preferences", "models")]
 HACKED = (
     "kl_ref.coef=0",
+    "model.reference=true",
     "optim.lr=1e-3",
     "optim.steps=80",
     "optim.schedule=constant",

@@ -104,19 +104,19 @@ class Variant(NamedTuple):
 
 def with_repeated_keys(row: SharedPrompts, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`flash_attention` where torch does not let query heads share keys: before 2.12."""
-    lengths = row.lengths
-    assert lengths is not None
+    packed = row.packed
+    assert packed is not None
     repeats = q.shape[1] // k.shape[1]
     has_window = "window_size" in signature(varlen_attn).parameters
     causal: dict[str, Any] = {"window_size": (-1, 0)} if has_window else {"is_causal": True}
     out: Any = varlen_attn(
         q,
-        k[lengths.keys].repeat_interleave(repeats, 1),
-        v[lengths.keys].repeat_interleave(repeats, 1),
-        lengths.query_starts,
-        lengths.key_starts,
-        lengths.most_queries,
-        lengths.most_keys,
+        k[packed.keys].repeat_interleave(repeats, 1),
+        v[packed.keys].repeat_interleave(repeats, 1),
+        packed.cu_seqlens_q,
+        packed.cu_seqlens_k,
+        packed.max_seqlen_q,
+        packed.max_seqlen_k,
         **causal,
     )
     return out
