@@ -189,7 +189,7 @@ def test_an_arm_runs_through_train_py_and_every_curve_is_measured(
 ):
     monkeypatch.chdir(ROOT)
     tree = yaml.safe_load((ROOT / arms.CONFIG).read_text(encoding="utf-8"))
-    tree["model"], tree["reward"][0]["weights"] = {"name": base}, learned
+    tree["model"]["name"], tree["reward"][0]["weights"] = base, learned
     (tmp_path / "question.yaml").write_text(yaml.safe_dump(tree))
     monkeypatch.setattr(grid, "CONFIG", str(tmp_path / "question.yaml"))
     monkeypatch.setattr(grid, "BASE", base)
